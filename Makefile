@@ -1,0 +1,44 @@
+# `make` lists the targets. Variables: PYTHON, ACCELERATOR, FLASH_ATTENTION (requirements/setup.sh), CONFIG, ARGS.
+CONFIG ?= configs/decisions.yaml
+ARGS ?=
+python := .venv/bin/python
+# JupyterLab opens a browser where there is a screen for one, and refuses to run as root unless told.
+lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab check lock lock-check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+setup: ## install everything into .venv from one lock (quick when nothing changed)
+	@bash requirements/setup.sh
+
+run: setup ## the whole chain of notebooks on CONFIG=configs/decisions.yaml
+	@$(python) -m lib.run all $(CONFIG) $(ARGS)
+
+test: setup ## the tests (ARGS="-k ledger" for some)
+	@$(python) -m pytest $(ARGS)
+
+lab: setup ## JupyterLab on the notebooks
+	@$(python) -m jupyter lab $(lab_flags) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(ARGS)
+
+check: setup ## lint, formatting, types, layers
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	$(python) -m pytest -q tests/test_layers.py
+
+# uv does not read pip's configuration: hand it the index that pip is configured with, if any.
+index = $$($(python) -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)
+lock_with_uv = UV=$(CURDIR)/.venv/bin/uv UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(index)}" bash requirements/lock.sh
+
+lock: setup ## resolve both locks from requirements/versions.in
+	@$(lock_with_uv)
+
+lock-check: setup ## do both locks still resolve?
+	@CHECK=1 $(lock_with_uv)
+
+clean: ## remove .venv and caches (outputs/ stays)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,303 @@
+"""The config: one tree, every default once, and checks that say what to change.
+
+Owns names, defaults and impossible combinations. Must not know any implementation.
+
+    python -c "from lib.config import load_config; print(load_config('configs/decisions.yaml').training.learning_rate)"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lib import PROJECT_ROOT
+from lib.task import describe_invalid, nearest
+
+SCHEMA = 1
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """The config cannot be used as given; the message says what to change."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class TaskSection(Section):
+    """Which task, and the values of its fields (checked by `load_task`, not here)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str
+    """A file name in lib/tasks, or the path of your own .py file."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    write_back: bool = False
+    """Also write the converted tables beside their sources."""
+
+
+class ModelSection(Section):
+    name: str = "starter"
+    """`starter` (a toy made on this machine), a Hugging Face id, or a folder."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto = float32 on a CPU, bfloat16 on a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool | None = None
+    """None = on where there is a GPU; it costs time and saves nothing on tiny models."""
+    liger: bool = False
+    trust_remote_code: bool = False
+
+
+class StarterSection(Section):
+    """The embedded toy policy: a small chat model built from the task's own rows (lib/starter.py)."""
+
+    kind: Literal["qwen2", "qwen3"] = "qwen2"
+    steps: Count = 200
+    seed: int | None = None
+    """None = the training seed."""
+
+
+class LoraSection(Section):
+    enabled: bool = True
+    """False = full fine-tuning."""
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    expert_parameters: Literal["auto"] | tuple[str, ...] = "auto"
+    """auto = the expert tensors of mixture-of-experts models, which all-linear does not reach; [] = none."""
+
+
+class SamplingSection(Section):
+    """How the policy answers while it is trained."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    prompt_limit: Count = 512
+    """Longer prompts (tokens) are dropped and counted."""
+    completion_limit: Count = 512
+    """Tokens an answer may have; a longer one counts as cut off."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainingSection(Section):
+    steps: int = -1
+    """Optimizer steps; -1 = as many as `epochs` needs."""
+    epochs: Positive = 1.0
+    learning_rate: Positive = 1e-6
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Steps, or below 1 a share of all steps."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    batch: Count = 8
+    """Completions in one forward and backward pass on one device."""
+    accumulation: Count = 1
+    group_size: int = 8
+    """Completions per prompt."""
+    steps_per_generation: Count | None = None
+    """Passes that one sampling feeds; None = `accumulation`."""
+    iterations: Count = 1
+    """Optimisation passes over the same samples."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL term."""
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo"] = "dapo"
+    clip_low: Positive = 0.2
+    clip_high: Positive | None = None
+    """None = the same as clip_low."""
+    reward_scaling: Literal["group", "batch", "none"] = "group"
+    entropy_bonus: float = 0.0
+    save_steps: Count = 100
+    seed: int = 0
+    completions_csv: str | None = None
+    """Also write every completion to this CSV (relative to the run folder)."""
+
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, steps: int) -> int:
+        if steps != -1 and steps < 1:
+            raise ValueError("give a number of steps, or -1 for as many as `epochs` needs")
+        return steps
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, size: int) -> int:
+        if size < 2:
+            raise ValueError("a group needs at least 2 completions: with one there is nothing to compare it with")
+        return size
+
+    @property
+    def passes_per_generation(self) -> int:
+        return self.steps_per_generation or self.accumulation
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> TrainingSection:
+        completions = self.batch * self.passes_per_generation
+        if completions % self.group_size:
+            raise ValueError(
+                f"batch x steps_per_generation = {self.batch} x {self.passes_per_generation} = {completions} is not "
+                f"divisible by group_size {self.group_size}: set training.batch to a multiple of {self.group_size}, or "
+                f"group_size to a divisor of {completions}"
+            )
+        window = self.passes_per_generation * self.iterations
+        if (self.save_steps * self.accumulation) % window:
+            raise ValueError(
+                f"save_steps {self.save_steps} falls inside a generation (one sampling feeds {window} passes, one step "
+                f"takes {self.accumulation}): a resumed run would differ. Set save_steps to a multiple of "
+                f"{max(1, window // self.accumulation)}"
+            )
+        return self
+
+
+class RewardsSection(Section):
+    max_unscored: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of rollouts that may stay unscored in one step, or one evaluation, before it stops."""
+
+
+class EvaluationSection(Section):
+    rows: Annotated[int, Field(ge=0)] = 512
+    """Held-out rows to use; 0 = all."""
+    samples: Count = 1
+    """Answers per row when sampling."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    greedy: bool = True
+    """Also compare the most likely answers."""
+    checkpoints: bool = True
+    """Also evaluate every checkpoint of the run."""
+    batch: Count = 256
+    seed: int = 0
+    adapter: str | None = None
+    """Evaluate this adapter (folder or Hub id) instead of the run's own."""
+    model: str | None = None
+    """Evaluate this whole model (folder or Hub id) instead of the run's own."""
+    prompts: str | None = None
+    """Take the rows from this JSONL file of rows instead of the run's held-out ones."""
+
+
+class TrackerSection(Section):
+    name: Literal["none", "wandb", "trackio"] = "none"
+    project: str = "grpo-workbench"
+    run: str | None = None
+    """None = the run's name."""
+
+
+class PathsSection(Section):
+    outputs: str = "outputs"
+    cache: str = "outputs/.cache"
+
+
+class Config(Section):
+    schema_version: int = Field(SCHEMA, alias="schema")
+    task: TaskSection
+    data: DataSection = DataSection()
+    backend: Literal["local"] = "local"
+    model: ModelSection = ModelSection()
+    starter: StarterSection = StarterSection()
+    lora: LoraSection = LoraSection()
+    sampling: SamplingSection = SamplingSection()
+    training: TrainingSection = TrainingSection()
+    rewards: RewardsSection = RewardsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracker: TrackerSection = TrackerSection()
+    paths: PathsSection = PathsSection()
+
+    @field_validator("schema_version")
+    @classmethod
+    def _schema(cls, version: int) -> int:
+        if version != SCHEMA:
+            raise ValueError(f"this workbench reads schema {SCHEMA}; update it, or start a new run")
+        return version
+
+    @model_validator(mode="after")
+    def _adapter_or_model(self) -> Config:
+        if self.evaluation.adapter and self.evaluation.model:
+            raise ValueError("evaluation.adapter and evaluation.model exclude each other: give one of them")
+        if self.lora.expert_parameters not in ("auto", ()) and self.lora.dropout:
+            raise ValueError("lora.expert_parameters needs lora.dropout 0 (PEFT cannot drop out of bare tensors)")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """The resolved config as plain JSON values, as `config.json` holds it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """defaults < YAML file < overrides (`{"training.steps": 2}` or nested). Raises ConfigError."""
+    if isinstance(overrides, str):
+        raise ConfigError(
+            f"overrides must be a mapping, not the text {overrides!r}. With plain papermill: -y 'overrides: {{training.steps: 2}}'"
+        )
+    values = _read_yaml(resolve_path(path))
+    for key, value in (overrides or {}).items():
+        _set(values, str(key).split("."), value)
+    return parse_config(values, where=str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
+    """A config from plain values, with every problem named at once."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where} cannot be used:\n{describe_invalid(error, Config)}") from None
+
+
+def resolve_path(path: str | Path) -> Path:
+    """An absolute path; relative ones count from the project root, wherever the notebook or command started."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else PROJECT_ROOT / path
+
+
+def check_key(key: str) -> None:
+    """Refuse a dotted key that the config does not have, before any kernel starts. Task fields pass (load_task checks)."""
+    model: type[BaseModel] = Config
+    for part in key.split("."):
+        if model is TaskSection:
+            return
+        known = {field.alias or name: field for name, field in model.model_fields.items()}
+        if part not in known:
+            raise ConfigError(f"unknown parameter {key!r}.{nearest(part, list(known))}")
+        inner = known[part].annotation
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else BaseModel
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").rglob("*.yaml"))
+        raise ConfigError(f"config not found: {path}.{nearest(path.name, known)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping with at least `task: {{name: ...}}`")
+    return values
+
+
+def _set(values: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(parts)}: {part} is not a section")
+        values = inner
+    if isinstance(value, Mapping) and isinstance(values.get(parts[-1]), dict):
+        for key, item in value.items():
+            _set(values, [parts[-1], str(key)], item)
+    else:
+        values[parts[-1]] = value

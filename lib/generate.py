@@ -1,0 +1,163 @@
+"""Makers of Generate: what turns a model into something that answers messages.
+
+Owns prompts as token ids, suffixes of later turns, and parsing of answers. Must not know tasks or trainers.
+
+    python -c "from lib.generate import scripted; print(scripted('hello'))"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+from lib.config import EvaluationSection
+from lib.rollout import BatchGenerate, Request
+from lib.task import Generate, Message, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
+"""Prompts as ids -> (answers as ids with their end token, log-probabilities of the sampled tokens or None)."""
+
+
+class Chat:
+    """A tokenizer's chat template: messages to ids and back, with earlier turns kept as sampled."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset(end_ids) or frozenset({tokenizer.eos_token_id})
+        # A group repeats its prompt, so rendering is remembered; keys are JSON because messages are dicts.
+        self._rendered = lru_cache(maxsize=4096)(self._render)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """The ids that the policy answers to, generation prompt included."""
+        return list(self._rendered(json.dumps(list(messages)), json.dumps(list(tools or []))))
+
+    def text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, answer: bool = True) -> str:
+        """The rendered conversation; `answer` adds the generation prompt."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools or []) or None, add_generation_prompt=answer, tokenize=False
+            )
+        )
+
+    def continued_ids(self, request: Request) -> list[int]:
+        """Ids of a later turn: the earlier ids as sampled, then only the new messages rendered and appended."""
+        previous = request.previous
+        if previous is None or previous.prompt_ids is None or previous.output_ids is None:
+            return self.prompt_ids(request.messages, request.tools)
+        last_turn = max(i for i, message in enumerate(request.messages) if message["role"] == "assistant")
+        before = self.text(request.messages[: last_turn + 1], request.tools, answer=False)
+        after = self.text(request.messages, request.tools)
+        # What the template puts after the end token (a newline, say) was not sampled, so it opens the suffix.
+        end = str(self.tokenizer.decode([previous.output_ids[-1]]))
+        if end not in before or not after.startswith(before):
+            raise ValueError(
+                "the chat template rewrites earlier turns, or their end token, when a message is added, so the sampled "
+                "tokens cannot be kept. Use a template whose longer conversations begin with the shorter ones."
+            )
+        suffix = before[before.rindex(end) + len(end) :] + after[len(before) :]
+        tokens = self.tokenizer.encode(suffix, add_special_tokens=False)
+        return [*previous.prompt_ids, *previous.output_ids, *tokens]
+
+    def turn(self, prompt: list[int], output: list[int], logprobs: list[float] | None) -> Turn:
+        """A Turn from sampled ids: content, and thinking or tool calls where the tokenizer can tell them apart."""
+        return Turn(
+            message=self.message(prompt, output),
+            prompt_ids=tuple(prompt),
+            output_ids=tuple(output),
+            logprobs=None if logprobs is None else tuple(logprobs),
+            stop="stop" if output and output[-1] in self.end_ids else "length",
+        )
+
+    def message(self, prompt: list[int], output: list[int]) -> Message:
+        if getattr(self.tokenizer, "response_template", None) or getattr(self.tokenizer, "response_schema", None):
+            from trl.chat_template_utils import parse_response
+
+            return dict(parse_response(self.tokenizer, output, prefix=prompt))
+        return {"role": "assistant", "content": self.tokenizer.decode(output, skip_special_tokens=True)}
+
+    def _render(self, messages: str, tools: str) -> tuple[int, ...]:
+        ids = self.tokenizer.apply_chat_template(
+            json.loads(messages), tools=json.loads(tools) or None, add_generation_prompt=True, return_dict=False
+        )
+        return tuple(ids)
+
+
+def batched(chat: Chat, sample: Sample) -> BatchGenerate:
+    """A policy for lockstep rollouts: one call of `sample` per batch of requests."""
+
+    def generate(requests: list[Request]) -> list[Turn]:
+        prompts = [chat.continued_ids(request) for request in requests]
+        outputs, logprobs = sample(prompts)
+        return [
+            chat.turn(prompt, output, logprobs[i] if logprobs else None)
+            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+
+    return generate
+
+
+def local_sample(
+    model: PreTrainedModel, chat: Chat, settings: EvaluationSection, completion_limit: int, greedy: bool
+) -> Sample:
+    """Sampling from a loaded Hugging Face model, left-padded, in batches of `settings.batch`."""
+    import torch
+
+    pad = chat.tokenizer.pad_token_id
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if not greedy:
+        how = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+
+    @torch.inference_mode()
+    def sample(prompts: list[list[int]]) -> tuple[list[list[int]], None]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=completion_limit,
+            pad_token_id=pad,
+            eos_token_id=sorted(chat.end_ids),
+            **how,
+        )
+        return [_until_end(row, chat.end_ids) for row in output[:, width:].tolist()], None
+
+    def in_batches(prompts: list[list[int]]) -> tuple[list[list[int]], None]:
+        outputs: list[list[int]] = []
+        for start in range(0, len(prompts), settings.batch):
+            outputs += sample(prompts[start : start + settings.batch])[0]
+        return outputs, None
+
+    return in_batches
+
+
+def scripted(*replies: str | Message) -> Generate:
+    """A policy that says the given replies in turn, over and over: for tests and checks by hand."""
+    script: Iterator[str | Message] = cycle(replies)
+
+    async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+        reply = next(script)
+        return Turn(message={"role": "assistant", "content": reply} if isinstance(reply, str) else reply)
+
+    return generate
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the model's own, and the tokenizer's."""
+    config = model.generation_config
+    known = config.eos_token_id if config is not None else None
+    listed = known if isinstance(known, list) else [known] if known is not None else []
+    return sorted({*listed, tokenizer.eos_token_id})
+
+
+def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return ids[: index + 1]
+    return ids

@@ -1,0 +1,116 @@
+"""Reward inspection before anything is trained: known answers, the base policy's answers, and the signal in them.
+
+Owns the checks of notebook 2. Must not know training.
+
+    python -m lib.run notebooks/2_reward_inspection.ipynb configs/decisions.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from lib import models
+from lib.config import Config
+from lib.evaluate import answer_rows
+from lib.generate import Chat, batched, end_ids, local_sample
+from lib.rollout import submit
+from lib.runfolder import Run
+from lib.task import Rollout, Row, Score, Task
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = 8
+"""Other rows' gold answers tried as wrong ones: the one with the lowest score is shown."""
+
+
+def score_answers(task: Task, row: Row, answers: dict[str, str]) -> list[dict[str, Any]]:
+    """What named answers to one row earn, as table records."""
+    scores = {name: score_one(task, Rollout.of(row, answer)) for name, answer in answers.items()}
+    return [
+        {
+            "answer to": row["id"],
+            "kind": name,
+            "text": answers[name],
+            "reward": "masked" if score.masked else "unscored" if score.reward is None else round(score.reward, 4),
+            **{part: value for part, value in score.parts.items() if value is not None},
+        }
+        for name, score in scores.items()
+    ]
+
+
+def known_answers(task: Task, rows: Sequence[Row], count: int = 3) -> list[dict[str, Any]]:
+    """Gold, wrong, empty and cheating answers to a few rows, with what they earn."""
+    chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
+    return [record for index in chosen for record in score_answers(task, rows[index], _answers(task, rows[index], rows))]
+
+
+def score_one(task: Task, rollout: Rollout) -> Score:
+    """One rollout's score, from notebook or test code that runs no event loop of its own."""
+    return submit(task.score(rollout)).result()
+
+
+def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list[dict[str, Any]]:
+    """Groups of answers of the base policy to training prompts, as evaluation records; group after group."""
+    import torch
+
+    rows = run.read_rows("train")
+    chosen = random.Random(config.training.seed).sample(range(len(rows)), min(prompts, len(rows)))
+    source = models.resolve_model(config, rows)
+    tokenizer = models.load_tokenizer(source, config.model)
+    model = models.load_model(source, config.model)
+    chat = Chat(tokenizer, end_ids(model, tokenizer))
+    as_trained = config.evaluation.model_copy(update=config.sampling.model_dump(include={"temperature", "top_p", "top_k"}))
+    torch.manual_seed(config.training.seed)
+    sample = local_sample(model, chat, as_trained, config.sampling.completion_limit, greedy=False)
+    group = config.training.group_size
+    records = answer_rows(
+        task, [rows[i] for i in chosen], batched(chat, sample), group, config.rewards.max_unscored, "base policy"
+    )
+    logger.info("inspection: %d answers of the base policy to %d prompts", len(records), len(chosen))
+    return records
+
+
+def grouped_rewards(records: Sequence[dict[str, Any]], group_size: int) -> list[list[float | None]]:
+    """Rewards group by group; None = masked or unscored."""
+    rewards = [None if record["masked"] else record["reward"] for record in records]
+    return [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+
+
+def signal(records: Sequence[dict[str, Any]], group_size: int, batch_groups: int) -> list[dict[str, Any]]:
+    """How much of what the base policy says a trainer could learn from, in words and numbers."""
+    groups = grouped_rewards(records, group_size)
+    useful = sum(len({r for r in group if r is not None}) > 1 for group in groups) / len(groups)
+    count = len(records)
+    return [
+        {"check": "groups whose rewards differ (signal)", "share": useful, "meaning": f"about {useful * batch_groups:.1f} useful groups a step"},
+        {"check": "groups without a single valid answer", "share": sum(all(r is None for r in g) for g in groups) / len(groups), "meaning": "nothing to learn from"},
+        {"check": "answers masked by the task (invalid)", "share": sum(r["masked"] for r in records) / count, "meaning": "left out of the gradient"},
+        {"check": "answers unscored", "share": sum(r["reward"] is None and not r["masked"] for r in records) / count, "meaning": "judge, sandbox or scorer failed"},
+        {"check": "answers cut off at the completion limit", "share": sum(r["stop"] == "length" for r in records) / count, "meaning": "raise sampling.completion_limit if high"},
+    ]  # fmt: skip
+
+
+def _answers(task: Task, row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """Gold where the row has one; the worst of some other rows' golds; nothing; the prompt back; several golds at once."""
+    others = random.Random(row["id"]).sample(range(len(rows)), min(4 * CANDIDATES, len(rows)))
+    gold = _text(row)
+    golds = list(dict.fromkeys(text for i in others if (text := _text(rows[i])) and text != gold))[:CANDIDATES]
+    answers = {"gold": gold} if gold else {}
+    if golds:
+        answers["wrong"] = min(golds, key=lambda text: _order(score_one(task, Rollout.of(row, text))))
+    answers["empty"] = ""
+    answers["cheat: the prompt back"] = str(row["prompt"][-1]["content"])
+    if golds:
+        answers["cheat: many answers at once"] = " ".join([gold, *golds])
+    return answers
+
+
+def _text(row: Row) -> str:
+    return str(row["gold"][-1].get("content") or "") if row.get("gold") else ""
+
+
+def _order(score: Score) -> float:
+    return float("inf") if score.reward is None else score.reward

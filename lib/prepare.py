@@ -1,0 +1,75 @@
+"""Data preparation: a task's rows into the run folder, checked and measured.
+
+Owns rows/{train,eval}.jsonl, the converted tables and token lengths. Must not know training.
+
+    python -m lib.run notebooks/1_data_prep.ipynb configs/decisions.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lib import models
+from lib.config import Config
+from lib.generate import Chat
+from lib.runfolder import Run, hash_file
+from lib.task import Row, Task, TaskError
+
+logger = logging.getLogger(__name__)
+
+STAGE = "data"
+SECTIONS = ("task", "data")
+SPLITS = ("train", "eval")
+
+
+def prepare(task: Task, run: Run) -> dict[str, int]:
+    """Write the rows of both splits into the run folder, once; returns how many of each."""
+    inputs = {str(path): hash_file(path) for path in task.input_files()}
+    done = run.begin(STAGE, SECTIONS, inputs)
+    if done is None:
+        counts = {split: run.write_rows(split, map(_checked, task.rows(split))) for split in SPLITS}
+        if not counts["train"]:
+            raise TaskError("the task has no training rows: check path, split_ratio and max_samples")
+        done = run.end(STAGE, counts)
+    logger.info("data: %s", ", ".join(f"{done[split]} {split} rows" for split in SPLITS))
+    return {split: int(done[split]) for split in SPLITS}
+
+
+def open_chat(config: Config, run: Run) -> Chat:
+    """The policy's tokenizer and chat template, for a look at rendered prompts and their lengths."""
+    source = models.resolve_model(config, run.read_rows("train"))
+    return Chat(models.load_tokenizer(source, config.model))
+
+
+def token_lengths(chat: Chat, run: Run) -> dict[str, list[int]]:
+    """Prompt tokens of every row, by split."""
+    return {
+        split: [len(chat.prompt_ids(row["prompt"], row.get("tools"))) for row in run.read_rows(split)]  # type: ignore[arg-type]
+        for split in SPLITS
+    }
+
+
+def convert(config: Config, task: Task, chat: Chat, run: Run) -> list[dict[str, Any]]:
+    """Write the task's converted tables (prompts as the model sees them) into the run folder; one record per file."""
+    folder = run.path("rows", "tables", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = task.write_tables(folder, chat.text)
+    if config.data.write_back:
+        written += task.write_tables(folder, chat.text, write_back=True)
+    return [{"file": str(path), "bytes": path.stat().st_size} for path in written]
+
+
+def categories(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Share of rows in each category."""
+    names = [str(row.get("category", "none")) for row in rows]
+    return {"rows": {name: names.count(name) / len(names) for name in set(names)}}
+
+
+def _checked(row: Row) -> Row:
+    """A row that survives JSON and has what every row needs."""
+    if not row.get("id") or not row.get("prompt"):
+        raise TaskError(f"a row without id or prompt: {json.dumps(row)[:200]}")
+    return row

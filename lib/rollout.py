@@ -1,0 +1,239 @@
+"""The only rollout loop: a task, a row and a Generate make a Rollout and its Score.
+
+Owns turns, concurrency, lockstep batching, and rollouts as token rows with masks. Must not know task names or trainers.
+
+    python -c "import asyncio; from lib.rollout import run_rollout; help(run_rollout)"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+from lib.task import Generate, Message, Rollout, Row, Score, Task, Turn
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class UnscoredLimitError(RuntimeError):
+    """Too many rollouts could not be judged: their rewards say nothing about the policy."""
+
+
+class Scored(NamedTuple):
+    rollout: Rollout
+    score: Score
+
+
+class Request(NamedTuple):
+    """One turn that a policy has to supply."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] | None
+    previous: Turn | None
+    """The policy's turn before this one: its ids are kept, only the messages after it are rendered."""
+
+
+class TokenRow(NamedTuple):
+    """A rollout as one token sequence. `mask` is 1 on sampled tokens, 0 on the world's."""
+
+    prompt_ids: list[int]
+    output_ids: list[int]
+    mask: list[int]
+    logprobs: list[float] | None
+
+
+BatchGenerate = Callable[[list[Request]], list[Turn]]
+
+
+async def run_rollout(task: Task, row: Row, generate: Generate) -> Rollout:
+    """Play one row to its end: the policy's turns from `generate`, the world's from `task.reply`."""
+    rollout = Rollout(row=row, messages=tuple(row["prompt"]), turns=())
+    async for played in _play(task, rollout, generate):
+        rollout = played
+    return rollout
+
+
+async def attempt(task: Task, row: Row, generate: Generate, played_out: Callable[[], None] | None = None) -> Scored:
+    """Play and score one row. What breaks on the way makes it unscored (reward None), never zero.
+
+    `played_out` is called when the policy has no more turns to supply, before the scoring.
+    """
+    rollout = Rollout(row=row, messages=tuple(row["prompt"]), turns=())
+    try:
+        async for played in _play(task, rollout, generate):
+            rollout = played
+        if played_out:
+            played_out()
+        score = await task.score(rollout)
+        _check_reward(task, score)
+    except Exception as error:  # the one boundary: a broken world or scorer is not the policy's fault
+        logger.debug("row %s unscored", row.get("id"), exc_info=True)
+        score = Score(reward=None, notes={"error": f"{type(error).__name__}: {error}"})
+    return Scored(rollout, score)
+
+
+def collect(task: Task, rows: Sequence[Row], generate: BatchGenerate) -> list[Scored]:
+    """Play and score rows in lockstep: `generate` runs in the calling thread whenever every live rollout waits for it.
+
+    One batch in row order, so timing never changes a result. Scoring overlaps with later turns. Results in row order.
+    """
+    lockstep = _Lockstep()
+    done = submit(lockstep.play_all(task, rows))
+    try:
+        while (batch := lockstep.batches.get()) is not None:
+            lockstep.deliver(generate(batch))
+    except BaseException:
+        done.cancel()
+        raise
+    return done.result()
+
+
+def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Run a coroutine on the process's one background loop."""
+    return asyncio.run_coroutine_threadsafe(work, background_loop())
+
+
+@cache
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The loop that all async task code of this process shares (a client reused on a second loop fails)."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rollouts", daemon=True).start()
+    return loop
+
+
+def check_unscored(scores: Iterable[Score], limit: float, where: str) -> None:
+    """Raise UnscoredLimitError, with the reasons counted, where more than `limit` (a share) is unscored."""
+    scores = list(scores)
+    unscored = [score for score in scores if score.reward is None and not score.masked]
+    if not scores or len(unscored) <= limit * len(scores):
+        return
+    reasons = Counter(str(score.notes.get("error", "no reason given")) for score in unscored)
+    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+    raise UnscoredLimitError(
+        f"{where}: {len(unscored)} of {len(scores)} rollouts could not be judged, more than rewards.max_unscored = "
+        f"{limit:g} allows. Reasons: {shown}. Mend the judge, the sandbox or the scorer and run again; raising the "
+        f"limit trains on what is left."
+    )
+
+
+def to_tokens(rollout: Rollout) -> TokenRow:
+    """All turns as one sequence: the ids exactly as sampled, the world's tokens between them masked out.
+
+    Raises ValueError where a later prompt does not continue the earlier one (a chat template that rewrites history).
+    """
+    first = rollout.turns[0]
+    prompt = list(first.prompt_ids or ())
+    output: list[int] = []
+    mask: list[int] = []
+    logprobs: list[float] | None = []
+    for turn in rollout.turns:
+        if turn.prompt_ids is None or turn.output_ids is None:
+            raise ValueError(f"row {rollout.row['id']}: a turn without token ids cannot be trained on")
+        known = prompt + output
+        if list(turn.prompt_ids[: len(known)]) != known:
+            raise ValueError(
+                f"row {rollout.row['id']}: the chat template rewrites earlier turns, so the tokens trained on would not "
+                f"be those sampled. Use a template whose longer conversations begin with the shorter ones."
+            )
+        world = list(turn.prompt_ids[len(known) :])
+        output += [*world, *turn.output_ids]
+        mask += [0] * len(world) + [1] * len(turn.output_ids)
+        if logprobs is not None:
+            logprobs = None if turn.logprobs is None else [*logprobs, *[0.0] * len(world), *turn.logprobs]
+    return TokenRow(prompt, output, mask, logprobs)
+
+
+async def _play(task: Task, rollout: Rollout, generate: Generate) -> AsyncIterator[Rollout]:
+    """The rollout after each turn; the last one carries why it stopped."""
+    while True:
+        turn = await generate(rollout.messages, rollout.row.get("tools"))
+        rollout = rollout.model_copy(
+            update={"messages": (*rollout.messages, turn.message), "turns": (*rollout.turns, turn)}
+        )
+        if turn.stop == "length":
+            yield rollout.model_copy(update={"stop": "length"})
+            return
+        replies = await task.reply(rollout)
+        if not replies:
+            yield rollout
+            return
+        if len(rollout.turns) >= task.max_turns:
+            yield rollout.model_copy(update={"stop": "max_turns"})
+            return
+        yield rollout
+        rollout = rollout.model_copy(update={"messages": (*rollout.messages, *replies)})
+
+
+def _check_reward(task: Task, score: Score) -> None:
+    if score.reward is None:
+        return
+    low, high = task.reward_range
+    if not math.isfinite(score.reward) or not low - 1e-9 <= score.reward <= high + 1e-9:
+        raise ValueError(f"reward {score.reward} outside the task's reward_range {low:g} to {high:g}")
+
+
+class _Lockstep:
+    """Collects the requests of all live rollouts; hands over a batch once every one of them waits."""
+
+    def __init__(self) -> None:
+        self.batches: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
+        self._waiting: dict[int, tuple[Request, asyncio.Future[Turn]]] = {}
+        self._handed: list[asyncio.Future[Turn]] = []
+        self._live: set[int] = set()
+
+    async def play_all(self, task: Task, rows: Sequence[Row]) -> list[Scored]:
+        self._live = set(range(len(rows)))
+        try:
+            return list(await asyncio.gather(*(self._play_one(task, index, row) for index, row in enumerate(rows))))
+        finally:
+            self.batches.put(None)
+
+    def deliver(self, turns: list[Turn]) -> None:
+        """Called from the generating thread: wakes the rollouts of the last batch."""
+        futures, self._handed = self._handed, []
+        background_loop().call_soon_threadsafe(_resolve, futures, turns)
+
+    async def _play_one(self, task: Task, index: int, row: Row) -> Scored:
+        previous: Turn | None = None
+
+        async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+            nonlocal previous
+            future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+            self._waiting[index] = (Request(messages, tools, previous), future)
+            self._hand_over()
+            previous = await future
+            return previous
+
+        try:
+            return await attempt(task, row, generate, played_out=lambda: self._leave(index))
+        finally:
+            self._leave(index)
+
+    def _leave(self, index: int) -> None:
+        if index in self._live:
+            self._live.discard(index)
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._live and len(self._waiting) == len(self._live):
+            order = sorted(self._waiting)
+            requests = [self._waiting[index][0] for index in order]
+            self._handed = [self._waiting[index][1] for index in order]
+            self._waiting.clear()
+            self.batches.put(requests)
+
+
+def _resolve(futures: list[asyncio.Future[Turn]], turns: list[Turn]) -> None:
+    for future, turn in zip(futures, turns, strict=True):
+        if not future.done():
+            future.set_result(turn)

@@ -1,0 +1,212 @@
+"""The command line: check parameters, run notebooks through papermill, resume, exit codes.
+
+Owns `python -m lib.run`. Must not know what the notebooks or the other subcommands do.
+
+    python -m lib.run all configs/decisions.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib import PROJECT_ROOT
+
+if TYPE_CHECKING:
+    from lib.config import Config
+
+CHAIN = ("1_data_prep", "2_reward_inspection", "3_grpo_training", "4_adapter_evaluation")
+
+EPILOG = """\
+examples:
+  python -m lib.run all configs/decisions.yaml                       the whole chain; finished stages are skipped
+  python -m lib.run all configs/decisions.yaml -p run_name=long -p training.steps=200
+  python -m lib.run notebooks/3_grpo_training.ipynb configs/decisions.yaml
+  python -m lib.run doctor                                           what this machine has, and what is missing
+"""
+
+
+class UsageError(ValueError):
+    """The command line cannot be carried out; the message says what to change."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 = done; 1 = failed; 2 = wrong usage, nothing was started; 75 = stopped, run again to go on."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["doctor"]:
+        from lib.doctor import main as doctor
+
+        return doctor(arguments[1:])
+    if arguments[:1] == ["train-child"]:
+        from lib.backends import train_child
+
+        return train_child(arguments[1])
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.run",
+        description="Run one notebook, or the whole chain, headless on a config.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("notebook", help="a notebook, `all` for the chain 1-4, or `doctor`")
+    parser.add_argument("config", help="a YAML file, e.g. configs/decisions.yaml")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                        help="a notebook parameter or any config key, dotted (training.steps=20); repeatable")  # fmt: skip
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lib.config import ConfigError, load_config
+    from lib.runfolder import RunError, open_run
+    from lib.task import TaskError, load_task
+
+    notebooks = [notebook_path(name) for name in (CHAIN if options.notebook == "all" else (options.notebook,))]
+    given = parse_parameters(options.parameters)
+    parameters = {path: _split(given, notebook_parameters(path), options) for path in notebooks}
+    first = parameters[notebooks[0]]
+    try:
+        config = load_config(options.config, first["overrides"])
+        load_task(config.task.name, **config.task.params)
+        run = open_run(first.get("run_name", ""), config, default=options.config)
+    except (ConfigError, TaskError, RunError) as error:
+        raise UsageError(str(error)) from None
+    return _execute_all(notebooks, parameters, run.name, config)
+
+
+def _execute_all(notebooks: list[Path], parameters: dict[Path, dict[str, Any]], name: str, config: Config) -> int:
+    spent: list[tuple[str, float]] = []
+    for path in notebooks:
+        started = time.monotonic()
+        status = execute(path, parameters[path] | {"run_name": name}, config, name)
+        spent.append((path.stem, time.monotonic() - started))
+        if status:
+            return status
+    for stem, seconds in [*spent, ("total", sum(seconds for _, seconds in spent))]:
+        sys.stdout.write(f"time  {stem:<24} {seconds:7.1f} s\n")
+    return 0
+
+
+def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name: str) -> int:
+    """Run one notebook through papermill into the run folder, its plain lines streaming to this terminal."""
+    from lib.runfolder import RunError, open_run
+
+    run = open_run(run_name, config)
+    output = run.path("notebooks", notebook.name)
+    sys.stdout.write(f"==> {notebook.name} -> {_shown(output)}\n")
+    sys.stdout.flush()
+    _quiet_papermill()
+    import papermill
+
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(output),
+            parameters=parameters,
+            cwd=str(PROJECT_ROOT),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            extra_arguments=["--log-level=40"],  # the kernel's own warnings are about itself, not about the run
+        )
+    except papermill.PapermillExecutionError as error:
+        sys.stderr.write(f"error: {notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n")
+        sys.stderr.write(f"the executed notebook, up to the failing cell: {_shown(output)}\n")
+        return 75 if error.ename == "TrainingStopped" else 1
+    except (KeyboardInterrupt, RunError) as error:
+        sys.stderr.write(f"error: {error or 'interrupted'}: run the same command again, it goes on from here\n")
+        return 75
+    return 0
+
+
+def notebook_path(name: str) -> Path:
+    """The notebook of this path or name; names the known ones where there is none."""
+    from lib.task import nearest
+
+    folder = PROJECT_ROOT / "notebooks"
+    for candidate in (Path(name), PROJECT_ROOT / name, folder / name, folder / f"{name}.ipynb"):
+        if candidate.is_file() and candidate.suffix == ".ipynb":
+            return candidate.resolve()
+    raise UsageError(f"notebook not found: {name}.{nearest(Path(name).stem, [path.stem for path in folder.glob('*.ipynb')])}")
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """The literals in a notebook's cell tagged `parameters`, by name."""
+    import ast
+    import json
+
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            values: dict[str, Any] = {}
+            for node in ast.parse("".join(cell["source"])).body:
+                target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+                if isinstance(target, ast.Name) and isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+                    values[target.id] = ast.literal_eval(node.value)
+            return values
+    raise UsageError(f"{path.name} has no cell tagged `parameters`: tag its second cell so")
+
+
+def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; values are YAML (7 is a number, true a boolean, anything else text)."""
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-p {text}: write NAME=VALUE")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[name] = value
+    return values
+
+
+def _split(given: dict[str, Any], known: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A notebook's own parameters, checked by type; every other name is a config key and goes into `overrides`."""
+    from lib.config import ConfigError, check_key
+
+    chosen: dict[str, Any] = {"config": options.config, "overrides": dict(given.get("overrides") or {})}
+    for name, value in given.items():
+        if name == "overrides":
+            continue
+        if name not in known:
+            try:
+                check_key(name)
+            except ConfigError as error:
+                raise UsageError(str(error)) from None
+            chosen["overrides"][name] = value
+        elif known[name] is not None and not isinstance(value, type(known[name])):
+            kind = type(known[name]).__name__
+            raise UsageError(f"-p {name}={value!r}: this notebook parameter is a {kind} (default {known[name]!r})")
+        else:
+            chosen[name] = value
+    return chosen
+
+
+def _quiet_papermill() -> None:
+    import logging
+
+    # Its own lines name cells and timings; ours are streamed from the notebook itself.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
