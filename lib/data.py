@@ -113,6 +113,13 @@ class RowsTask(Task, frozen=True):
         """The files that the fields name: they are hashed for the run and shipped with it."""
         return table_files(resolve(self.path)) if self.path else []
 
+    def renamed(self, record: Record) -> Record:
+        """A record under our names; a column of the table that has one of our names but is not meant gives way."""
+        if not self.columns:
+            return record
+        kept = {name: value for name, value in record.items() if name not in {*self.columns, *self.columns.values()}}
+        return {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record} | kept
+
     def records(self) -> Iterator[tuple[Table, Record, Row]]:
         """Every record that became a row, with its table, in the order of the tables."""
         return self._data.records()
@@ -143,8 +150,11 @@ class _Data:
 
     def _check_table(self, number: int, table: Table, errors: TableErrors, used: array[int], keys: array[int]) -> None:
         before, header = errors.total, errors.at(table.name, "")
-        names = self._renamed_columns(table, header)
-        self._task.check_columns(names, header)
+        have = ", ".join(table.columns)
+        for ours, theirs in self._task.columns.items():
+            if theirs not in table.columns:
+                header.report(theirs, f"no such column, but task.columns names it for {ours!r}. The table has: {have}")
+        self._task.check_columns(list(self._task.renamed(dict.fromkeys(table.columns))), header)
         if errors.total > before:
             return
         for position in range(len(table)):
@@ -158,23 +168,9 @@ class _Data:
                 used.append(self._first[number] + position)
                 keys.append(_key(self._task.split_seed, row["id"]))
 
-    def _renamed_columns(self, table: Table, where: Where) -> list[str]:
-        names = list(table.columns)
-        for ours, theirs in self._task.columns.items():
-            if theirs in names:
-                names = [name for name in names if name != ours]
-                names[names.index(theirs)] = ours
-            else:
-                have = ", ".join(names)
-                where.report(theirs, f"no such column, but task.columns names it for {ours!r}. The table has: {have}")
-        return names
-
     def _record(self, table: Table, position: int) -> Record:
         """A record under our names, with an id: its own, or the file's stem and the line."""
-        record = table.read(position)
-        for ours, theirs in self._task.columns.items():
-            if theirs in record:
-                record = {ours if name == theirs else name: value for name, value in record.items() if name != ours}
+        record = self._task.renamed(table.read(position))
         identity = "" if record.get("id") is None else str(record["id"]).strip()
         return {**record, "id": identity or f"{table.stem}:{table.place(position).split()[-1]}"}
 

@@ -30,6 +30,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -151,22 +152,22 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     draw(flat[4], "Answer length (tokens)", ("completions/mean_length", "mean", BLUE))
     draw(flat[5], "Left out", ("rollouts/masked", "masked by the task", ORANGE), ("rollouts/unscored", "unscored", RED))
     flat[5].set_ylim(-0.02, 1.02)
-    for ax in flat[3:]:
+    for ax in flat:
         ax.set_xlabel("step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return _done(figure)
 
 
-def live(draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves) -> Callable[[list[dict[str, Any]]], None]:
-    """A watcher that redraws one figure in place as metrics arrive, within a small share of the time."""
+def live(draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves) -> Callable[[list[dict[str, Any]], bool], None]:
+    """A watcher that redraws one figure in place as metrics arrive, within a small share of the time; the last always."""
     from IPython.display import DisplayHandle, display
 
     handle: DisplayHandle | None = None
-    ready, drawn = 0.0, 0
+    ready = 0.0
 
-    def watch(metrics: list[dict[str, Any]]) -> None:
-        nonlocal handle, ready, drawn
-        finished = bool(metrics) and drawn > 0 and len(metrics) == drawn
-        if len(metrics) < 2 or finished or time.monotonic() < ready:
+    def watch(metrics: list[dict[str, Any]], final: bool) -> None:
+        nonlocal handle, ready
+        if not metrics or not (final or time.monotonic() > ready):
             return
         started = time.monotonic()
         figure = draw(metrics)
@@ -174,7 +175,6 @@ def live(draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves) -> Call
             handle = display(figure, display_id=True)
         else:
             handle.update(figure)
-        drawn = len(metrics)
         ready = time.monotonic() + (time.monotonic() - started) / _LIVE_SHARE
 
     return watch
@@ -227,7 +227,6 @@ def bars(counts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> 
     """Shares side by side: one colour a series, one group a key."""
     figure, axes = _figure(1, 1, 7.2, 2.6)
     _draw_bars(axes[0], counts, title, xlabel)
-    axes[0].legend()
     return _done(figure)
 
 
@@ -242,6 +241,7 @@ def parts(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         ax.plot([m["step"] for m in metrics], values, color=BLUE, alpha=0.3, linewidth=1)
         ax.plot([m["step"] for m in metrics], _smooth(values), color=BLUE, linewidth=2)
         ax.set_title(name.removeprefix("parts/"))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[len(names) :]:
         ax.set_visible(False)
     return _done(figure)
@@ -295,7 +295,7 @@ def _values(records: Sequence[Mapping[str, Any]], part: str) -> list[float]:
 def _draw_bars(ax: Axes, counts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> None:
     keys = sorted({key for series in counts.values() for key in series})
     width = 0.8 / max(1, len(counts))
-    for i, ((name, series), color) in enumerate(zip(counts.items(), (GREY, BLUE, GREEN, ORANGE), strict=False)):
+    for i, ((name, series), color) in enumerate(zip(counts.items(), (BLUE, ORANGE, GREEN, GREY), strict=False)):
         ax.bar([x + i * width for x in range(len(keys))], [series.get(k, 0) for k in keys], width, label=name, color=color)
     ax.set_xticks([x + 0.4 - width / 2 for x in range(len(keys))], keys)
     ax.set(title=title, xlabel=xlabel, ylabel="share")
@@ -339,9 +339,9 @@ def _done(figure: Figure) -> Figure:
     return figure
 
 
-def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred moving average over what is there."""
-    half = window // 2
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred moving average over about an eighth of the curve, of what is there."""
+    half = min(4, len(values) // 16)
     means = []
     for i in range(len(values)):
         near = [v for v in values[max(0, i - half) : i + half + 1] if v == v]
@@ -366,7 +366,7 @@ def _content(message: Message) -> str:
 
 
 def _short(value: Any, limit: int = 220) -> str:
-    shown = f"{value:.3f}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e6 else str(value)
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
     return shown if len(shown) <= limit else shown[:limit] + " …"
 
 

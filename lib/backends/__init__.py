@@ -33,7 +33,8 @@ SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training
 STOPPED = 75
 """Exit status of a child that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again later)."""
 
-Watch = Callable[[list[dict[str, Any]]], None]
+Watch = Callable[[list[dict[str, Any]], bool], None]
+"""Gets all metrics so far, and whether they are the last."""
 
 
 class TrainingStopped(RuntimeError):
@@ -74,7 +75,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, watch: Watc
         done = run.outputs(STAGE)
         assert done is not None
     if watch:
-        watch(run.metrics())
+        watch(run.metrics(), True)
     return run.path(done["path"])
 
 
@@ -146,7 +147,7 @@ def _follow(child: subprocess.Popen[str], run: Run, watch: Watch | None, tail: l
         del tail[:-50]
         if watch and time.monotonic() - shown > 1:
             shown = time.monotonic()
-            watch(run.metrics())
+            watch(run.metrics(), False)
     child.wait()
 
 

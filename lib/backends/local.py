@@ -89,6 +89,8 @@ class RolloutSource:
 
     def __init__(self, config: Config, task: Task, rows: Sequence[Row], chat: Chat, run: Run) -> None:
         self.config, self.task, self.rows, self.chat, self.run = config, task, rows, chat, run
+        self.passes_before: int | None = None
+        """Forward-backward passes of earlier processes: TRL counts from 0 again after a resume."""
 
     def __call__(self, trainer: Any, indices: list[Any]) -> Batch:
         self.chat.end_ids = frozenset(trainer.eos_token_ids)
@@ -104,7 +106,10 @@ class RolloutSource:
         scored = collect(self.task, [self.rows[index] for index in indices], batched(self.chat, sample))
         step = trainer.state.global_step + 1
         check_unscored((s.score for s in scored), self.config.rewards.max_unscored, f"step {step}")
-        self.run.append("rollouts.jsonl", (_record(s, i, group, step, trainer._step) for i, s in enumerate(scored)))
+        if self.passes_before is None:
+            self.passes_before = trainer.state.global_step * self.config.training.accumulation
+        micro_step = self.passes_before + trainer._step
+        self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
         return to_batch(scored, group)
 
 
@@ -282,7 +287,7 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if not logs or "reward" not in logs:
                 return
-            numbers = plain(logs)
+            numbers = plain({name: value for name, value in logs.items() if not name.startswith("rewards/")})
             run.append("metrics.jsonl", [{"step": state.global_step, "time": round(time.monotonic() - started, 3), **numbers}])
             reward = "none" if numbers["reward"] is None else f"{numbers['reward']:.4f}"
             logger.info("step %d/%d loss %.4f reward %s", state.global_step, state.max_steps, numbers["loss"], reward)

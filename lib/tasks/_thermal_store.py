@@ -185,7 +185,7 @@ def _draw(series: HourlySeries, rows: int, rng: np.random.Generator) -> tuple[In
     _, chosen = np.unique(np.tile(text, STATES) * STATES + state, return_index=True)
     if len(chosen) < rows:
         raise TaskError(
-            f"{series.name} gives {len(chosen)} different prompts, {rows} rows are asked for: ask for fewer."
+            f"{series.name} gives {len(chosen)} different prompts, {rows} rows are asked for: lower generate_rows."
         )
     chosen = np.sort(chosen)[:rows]
     storage, demand = np.divmod(state[chosen], len(DEMANDS))

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Q, REWARD = "q_action_", "reward_action_"
 SUFFIX = "_harmony"
-Render = Callable[[list[Message]], str]
+Render = Callable[[Sequence[Message]], str]
 
 _ACTION = re.compile(r"\[([0-9]+)\]")  # ASCII digits only: \d and str.isdigit take "²" and other scripts' digits too
 _MARKUP = re.compile(r"<\|(?:start|channel|message|end|return|call|constrain)\|>")
@@ -144,6 +144,23 @@ class Decisions(RowsTask, frozen=True):
             return None
         return rewards
 
+    def write_tables(self, folder: Path, render: Render, write_back: bool = False) -> list[Path]:
+        """Write each source table as `<stem>_harmony.csv`: prompts as `render` gives them, reward columns added.
+
+        Streamed, whole or not at all, into `folder`; beside the source with `write_back`. Returns the paths.
+        """
+        written: list[Path] = []
+        for table, records in groupby(self.records(), key=lambda found: found[0]):
+            if write_back and table.path is None:
+                raise TaskError(f"write_back: {table.name} is not read from a file of its own. Leave write_back false.")
+            path = (table.path.parent if write_back and table.path else folder) / f"{table.stem}{SUFFIX}.csv"
+            if path in written:
+                raise TaskError(f"two tables are called {table.stem!r}: rename one, both would become {path.name}.")
+            columns = _output_columns(self, table)
+            write_csv(path, columns, _output_rows(columns, records, render))
+            written.append(path)
+        return written
+
     async def score(self, rollout: Rollout) -> Score:
         """The reward of the chosen action. parts: valid, chosen, regret (in units of Q), p_best, best."""
         q, rewards = rollout.row["q"], rollout.row["rewards"]
@@ -227,7 +244,7 @@ def _action_columns(columns: tuple[str, ...], prefix: str) -> tuple[int, list[tu
     expected = {str(action) for action in range(len(good))}
     missing = ", ".join(prefix + ending for ending in sorted(expected - good))
     mistakes = {ending: "not a numbered action; expected 0, 1, 2, …" for ending in endings if ending not in good}
-    mistakes |= {ending: f"numbers must run from 0 without a hole; missing: {missing}" for ending in good - expected}
+    mistakes |= dict.fromkeys(good - expected, f"numbers must run from 0 without a hole; missing: {missing}")
     return len(good), [(prefix + ending, message) for ending, message in sorted(mistakes.items())]
 
 
@@ -270,29 +287,10 @@ def _source(converted: Path) -> Path:
     return converted.with_stem(converted.stem.removesuffix(SUFFIX))
 
 
-def write_tables(task: Decisions, folder: Path, render: Render, write_back: bool = False) -> list[Path]:
-    """Write each source table as `<stem>_harmony.csv`: prompts rendered by `render(messages)`, reward columns added.
-
-    Streamed, whole or not at all, into `folder`; beside the source with `write_back`. Returns the paths written.
-    """
-    written: list[Path] = []
-    for table, records in groupby(task.records(), key=lambda found: found[0]):
-        if write_back and table.path is None:
-            raise TaskError(f"write_back: {table.name} is not read from a file of its own. Leave write_back false.")
-        path = (table.path.parent if write_back and table.path else folder) / f"{table.stem}{SUFFIX}.csv"
-        if path in written:
-            raise TaskError(f"two tables are called {table.stem!r}: rename one, or {path.name} would be written twice.")
-        columns = _output_columns(task, table)
-        write_csv(path, columns, _output_rows(columns, records, render))
-        written.append(path)
-    return written
-
-
 def _output_columns(task: Decisions, table: Table) -> list[str]:
-    ours = {theirs: name for name, theirs in task.columns.items()}
-    names = [ours.get(name, name) for name in table.columns if not name.startswith(REWARD)]
-    k = len({name for name in names if name.startswith(Q)})
-    return list(dict.fromkeys([*([] if "id" in names else ["id"]), *names, *(f"{REWARD}{n}" for n in range(k))]))
+    names = [name for name in task.renamed(dict.fromkeys(table.columns)) if not name.startswith(REWARD)]
+    k = sum(name.startswith(Q) for name in names)
+    return [*([] if "id" in names else ["id"]), *names, *(f"{REWARD}{action}" for action in range(k))]
 
 
 def _output_rows(
