@@ -18,5 +18,7 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
     # libgomp's default is to spin: one busy neighbour then makes a two-thread CPU step eight times slower.
     "GOMP_SPINCOUNT": "3000",
+    # bitsandbytes asks the Hub for a CPU kernel as soon as it is imported on a CPU with AVX512-BF16: name a place that is not there.
+    "LOCAL_KERNELS": "kernels-community/quantization-bitsandbytes=/nonexistent",
 }.items():
     os.environ.setdefault(_name, _value)

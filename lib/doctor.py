@@ -161,10 +161,8 @@ def _accelerator(gpus: Sequence[Gpu]) -> Accelerator:
 def _nvidia(gpus: Sequence[Gpu], accelerator: Accelerator) -> list[Finding]:
     if not gpus:
         if accelerator == "cuda":
-            remedy = (
-                "nvidia-smi lists no GPU, but the CUDA lock is installed. To run on the CPU: ACCELERATOR=cpu make setup"
-            )
-            return [Finding("gpu", "none", remedy)]
+            remedy = "ACCELERATOR=cpu make setup   (or bring the driver: the CUDA lock is installed)"
+            return [Finding("gpu", "nvidia-smi lists none", remedy)]
         found = "nvidia-smi lists none" if shutil.which("nvidia-smi") else "none (no nvidia-smi)"
         return [Finding("gpu", found, "nothing to do: the CPU lock is right here")]
     header = re.search(r"CUDA (?:\w+ )?Version\s*:\s*([\d.]+)", _smi())

@@ -8,6 +8,7 @@ Owns prompts as token ids, suffixes of later turns, and parsing of answers. Must
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import cycle
@@ -19,6 +20,8 @@ from lib.task import Generate, Message, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)<\|(?:end|return|call)\|>", re.DOTALL)
 
 Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 """Prompts as ids -> (answers as ids with their end token, log-probabilities of the sampled tokens or None)."""
@@ -75,6 +78,9 @@ class Chat:
         )
 
     def message(self, prompt: list[int], output: list[int]) -> Message:
+        """The assistant message in sampled ids: what the final answer is, apart from thinking and tool calls."""
+        if "<|channel|>" in str(self.tokenizer.chat_template):
+            return harmony_message(self.tokenizer.decode(output))
         if getattr(self.tokenizer, "response_template", None) or getattr(self.tokenizer, "response_schema", None):
             from trl.chat_template_utils import parse_response
 
@@ -86,6 +92,18 @@ class Chat:
             json.loads(messages), tools=json.loads(tools) or None, add_generation_prompt=True, return_dict=False
         )
         return tuple(ids)
+
+
+def harmony_message(text: str) -> Message:
+    """A gpt-oss answer with its channels taken apart: content = final, thinking = analysis.
+
+    Without a finished final channel the markup stays in the content, so that no scorer mistakes thoughts for an answer.
+    """
+    channels = {name: content for name, content in _CHANNEL.findall(text)}
+    if "final" not in channels:
+        return {"role": "assistant", "content": text}
+    message = {"role": "assistant", "content": channels["final"]}
+    return message | ({"thinking": channels["analysis"]} if "analysis" in channels else {})
 
 
 def batched(chat: Chat, sample: Sample) -> BatchGenerate:

@@ -137,7 +137,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for key, label, color in series:
             values = [_number(m.get(key)) for m in metrics]
             ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-            ax.plot(steps, _smooth(values), color=color, linewidth=2, label=label)
+            ax.plot(steps, smooth(values), color=color, linewidth=2, label=label)
         ax.set_title(title)
         if len(series) > 1:
             ax.legend()
@@ -239,7 +239,7 @@ def parts(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     for ax, name in zip(axes, names, strict=False):
         values = [_number(m.get(name)) for m in metrics]
         ax.plot([m["step"] for m in metrics], values, color=BLUE, alpha=0.3, linewidth=1)
-        ax.plot([m["step"] for m in metrics], _smooth(values), color=BLUE, linewidth=2)
+        ax.plot([m["step"] for m in metrics], smooth(values), color=BLUE, linewidth=2)
         ax.set_title(name.removeprefix("parts/"))
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[len(names) :]:
@@ -319,13 +319,13 @@ def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    _use_style()
+    use_style()
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, [ax for line in axes for ax in line]
 
 
-def _use_style() -> None:
+def use_style() -> None:
     import matplotlib as mpl
 
     mpl.rcParams.update(_STYLE)
@@ -339,7 +339,7 @@ def _done(figure: Figure) -> Figure:
     return figure
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving average over about an eighth of the curve, of what is there."""
     half = min(4, len(values) // 16)
     means = []

@@ -1,11 +1,11 @@
-"""The starter policy: a toy chat model of about a million parameters, made here from a task's own rows, and cached.
+r"""The starter policy: a toy chat model of about a million parameters, made here from a task's own rows, and cached.
 
-Owns its tokenizer, its chat template, its random weights and its warm start on well-formed but mediocre answers, so
-that GRPO has something to improve with no download. It is a toy: it knows nothing but these rows, and a part of what
-GRPO gains on it is the sharpening of what the warm start already held. Must not know tasks, trainers of policies,
-backends or evaluation; any Hugging Face id or folder takes its place.
+Owns its tokenizer, its chat template, its random weights and its warm start on well-formed but mediocre answers. It is
+a toy: it knows nothing but these rows, and a part of what GRPO gains on it is the sharpening of what the warm start
+already held. Must not know tasks, trainers of policies, backends or evaluation.
 
-    python -c "from lib.starter import starter_path; print(starter_path(my_rows, Path('outputs/.starter')))"
+    python -c "from pathlib import Path; from lib.starter import starter_path; from lib.task import load_task; \
+               print(starter_path(load_task('decisions').rows('train'), Path('outputs/.cache/starter')))"
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -34,18 +33,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1
-"""Goes into the cache key. Raise it with every change here that changes the saved files."""
-
+RECIPE = 1  # goes into the cache key: raise it with every change here that changes the saved files
+FACTS = "starter.json"  # written last
 CONTEXT = 1024  # tokens
-VOCABULARY = 512  # word pieces, the 256 bytes included; also how finely the phrases are cut
-PHRASES = 256
-TEXT_LIMIT = 2_000  # characters
-PHRASE_ROWS = 1_000
-"""The tokenizer is fitted to the first rows and to the start of each text: more adds time, not tokens."""
+VOCABULARY, PHRASES = 512, 256  # word pieces, the 256 bytes included, and added tokens at most
+FITTED_ROWS, FITTED_CHARACTERS = 1_000, 2_000  # what the tokenizer is fitted to, of all rows and of each text
 
-# ChatML. Every message ends the same way wherever it stands, so a longer conversation starts with the shorter one's
-# rendering; `generation` marks what an assistant wrote, for trainers that mask by it.
+# ChatML. Every message ends the same way wherever it stands, so a longer conversation starts with the shorter one's.
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\nTools:' }}
 {%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
@@ -60,7 +54,7 @@ CHAT_TEMPLATE = """\
 
 
 class StarterError(ValueError):
-    """The rows cannot make a starter policy; the message says what to change."""
+    """No starter policy can be made of this; the message says what to change."""
 
 
 class StarterSettings(BaseModel, frozen=True, extra="forbid"):
@@ -69,7 +63,7 @@ class StarterSettings(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["qwen2", "qwen3"] = "qwen2"
     seed: int = 0
     steps: int = Field(300, ge=1)
-    """200 leaves the answers' words half learned, and GRPO then settles on two of four actions."""
+    """At 200 the answers' words are half learned, and GRPO then settles on two of four actions."""
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     max_rows: int = Field(4000, ge=1)
@@ -85,7 +79,7 @@ def starter_path(rows: Sequence[Row], cache_root: Path, **settings: Any) -> Path
     """
     chosen = StarterSettings(**settings)
     folder = cache_root / f"starter-{_content_key(_used(rows, chosen), chosen)}"
-    if _is_built(folder):
+    if (folder / FACTS).is_file():
         logger.info("starter: using %s", folder)
         return folder
     return build_starter(rows, folder, **settings)
@@ -115,36 +109,30 @@ def build_starter(rows: Sequence[Row], folder: Path, **settings: Any) -> Path:
 
 def _build_into(folder: Path, conversations: Sequence[Row], settings: StarterSettings) -> None:
     import torch
+    from datasets import Dataset
     from transformers.utils import logging as transformers_logging
 
-    began = time.perf_counter()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # logs are plain lines
+    transformers_logging.disable_progress_bar()  # logs are plain lines
     tokenizer = build_tokenizer(_texts(conversations))
+    dataset = Dataset.from_list([_tokenize(tokenizer, conversation) for conversation in conversations])
     # The warm start seeds torch's generator: the caller gets his own back.
     with torch.random.fork_rng(devices=[]):
         model = _build_model(tokenizer, settings)
-        millions = model.num_parameters() / 1e6
-        logger.info("starter: a toy %s of %.2f M parameters, %d rows", settings.kind, millions, len(conversations))
-        loss = _warm_start(model, tokenizer, conversations, settings, folder)
+        logger.info("starter: a toy %s, %d parameters, %d rows", settings.kind, model.num_parameters(), len(dataset))
+        loss = _warm_start(model, tokenizer, dataset, settings, folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     facts = {"recipe": RECIPE, "settings": settings.model_dump(), "rows": len(conversations), "warm_start_loss": loss}
-    (folder / "starter.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    logger.info("starter: built in %.1f s", time.perf_counter() - began)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
     try:
         os.replace(unfinished, folder)
     except OSError:
-        if not _is_built(folder):
+        if not (folder / FACTS).is_file():
             raise
-        # Another process built the same starter meanwhile: same key, same content.
-        logger.info("starter: %s was built by another process", folder)
-
-
-def _is_built(folder: Path) -> bool:
-    return (folder / "starter.json").is_file()
+        logger.info("starter: another process built %s meanwhile: the same content, by its key", folder)
 
 
 def _used(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
@@ -168,15 +156,13 @@ def _conversations(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
     conversations = []
     for row in rows:
         shown = row if row.get("demonstration") or random.random() < settings.gold_share else random.choice(rows)
-        answer = _first_answer(shown)
-        conversations.append({"prompt": row["prompt"], "tools": row.get("tools"), "answer": answer})
+        conversations.append({"prompt": row["prompt"], "tools": row.get("tools"), "answer": _first_answer(shown)})
     return conversations
 
 
 def _first_answer(row: Row) -> Message:
     answer = row.get("demonstration") or row.get("gold")
-    messages = [answer] if isinstance(answer, dict) else answer or []
-    for message in messages:
+    for message in [answer] if isinstance(answer, dict) else answer or []:
         if message["role"] == "assistant":
             return dict(message)
     raise StarterError(
@@ -185,32 +171,27 @@ def _first_answer(row: Row) -> Message:
     )
 
 
-def _texts(conversations: Iterable[Row]) -> list[str]:
-    texts = []
-    for conversation in islice(conversations, PHRASE_ROWS):
-        for message in [*conversation["prompt"], conversation["answer"]]:
-            texts += [message["role"] + "\n", str(message.get("content") or "")[:TEXT_LIMIT]]
-    return texts
+def _texts(conversations: Sequence[Row]) -> list[str]:
+    messages = [message for one in conversations[:FITTED_ROWS] for message in (*one["prompt"], one["answer"])]
+    pairs = [(message["role"] + "\n", str(message.get("content") or "")[:FITTED_CHARACTERS]) for message in messages]
+    return [text for pair in pairs for text in pair]
 
 
 def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of class Qwen2Tokenizer, fitted to the texts; eos `<|im_end|>`, pad `<|endoftext|>`, pads left.
 
-    For a Qwen2 model AutoTokenizer always builds a Qwen2Tokenizer, whatever class the folder names
-    (transformers 5.17, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS), with that class's own pre-tokenizer; vLLM, TRL and
-    PEFT go through it. So this one is that class from the start. Its pre-tokenizer cuts at each word and digit, which
-    triples the length of rigid texts like ours; frequent phrases are therefore *added tokens*, which are matched
-    before any pre-tokenizer and which every loader keeps.
+    For a Qwen2 model AutoTokenizer always builds a Qwen2Tokenizer with that class's own pre-tokenizer, whatever the
+    folder names (transformers 5.17, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS). So this one is of that class from the
+    start. It cuts at every word and digit, which triples the length of rigid texts like ours; frequent phrases are
+    therefore *added tokens*: they are matched before any pre-tokenizer, and every loader keeps them.
     """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
 
-    words = _fit_bpe(texts, Qwen2Tokenizer().backend_tokenizer.pre_tokenizer)
-    learned = json.loads(words.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in learned["merges"]]
+    learned = json.loads(_fit_bpe(texts, Qwen2Tokenizer().backend_tokenizer.pre_tokenizer).to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=merges,
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=["<|im_start|>"],
@@ -229,8 +210,8 @@ def _frequent_phrases(texts: Sequence[str]) -> list[str]:
     # A number stands alone, so that equal numbers look equal; one in brackets belongs to its phrase.
     numbers = pre_tokenizers.Split(Regex(r" ?\b\d+\b(?!\])"), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spans = _fit_bpe(texts, pre_tokenizers.Sequence([numbers, letters]))
-    pieces = Counter(text[begin:end] for text in texts for begin, end in spans.encode(text).offsets)
+    cut = _fit_bpe(texts, pre_tokenizers.Sequence([numbers, letters]))
+    pieces = Counter(text[begin:end] for text in texts for begin, end in cut.encode(text).offsets)
     # ASCII only: an added token is decoded as if its text were byte-level characters, and other letters are not.
     frequent = [piece for piece, count in pieces.most_common() if len(piece) > 1 and count > 1 and piece.isascii()]
     return frequent[:PHRASES]
@@ -241,10 +222,9 @@ def _fit_bpe(texts: Sequence[str], pre_tokenizer: Any) -> Tokenizer:
 
     fitted = Tokenizer(models.BPE())
     fitted.pre_tokenizer = pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fitted.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
-    )
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=every_byte, show_progress=False)
+    fitted.train_from_iterator(texts, trainer)
     return fitted
 
 
@@ -253,31 +233,19 @@ def _build_model(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings) 
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(settings.seed)
-    shape: dict[str, Any] = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": True,
-        "vocab_size": len(tokenizer),
-    }
+    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    shape |= {"max_position_embeddings": CONTEXT, "vocab_size": len(tokenizer)}
     shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if settings.kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32))  # type: ignore[no-untyped-call]
-    return Qwen2ForCausalLM(Qwen2Config(**shape))  # type: ignore[no-untyped-call]
+        return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32))
+    return Qwen2ForCausalLM(Qwen2Config(**shape))
 
 
 def _warm_start(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: Sequence[Row],
-    settings: StarterSettings,
-    folder: Path,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dataset: Any, settings: StarterSettings, folder: Path
 ) -> float:
     """Train the model on the answers (the prompts carry no loss); returns the mean loss of the last steps (nats)."""
-    from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -294,24 +262,18 @@ def _warm_start(
         logging_steps=max(1, settings.steps // 8),
         dataset_kwargs={"skip_prepare_dataset": True},
         gradient_checkpointing=False,
-        # A model this small gains nothing from a GPU, and on the CPU its weights are the same everywhere.
-        use_cpu=True,
+        use_cpu=True,  # too small to be worth a GPU
         bf16=False,
         disable_tqdm=True,
         report_to=[],
         save_strategy="no",
     )
     trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([_tokenize(tokenizer, conversation) for conversation in conversations]),
-        processing_class=tokenizer,
-        callbacks=[_progress_callback()],
+        model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[_progress_callback()]
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return float(losses[-1])
+    return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, conversation: Row) -> dict[str, list[int]]:
@@ -319,9 +281,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, conversation: Row) -> dict[str
     head = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, conversation["answer"]], tools=tools, tokenize=False)
     assert isinstance(head, str) and isinstance(whole, str)
-    # Head and answer are encoded apart, as they are when the policy is sampled: no token spans the two.
+    # Encoded apart, as when the policy is sampled: no token spans the two. Of what is too long the end is kept.
     head_ids, answer_ids = tokenizer(head)["input_ids"], tokenizer(whole[len(head) :].rstrip("\n"))["input_ids"]
-    # The end is kept of what is too long: the answer is there.
     ids, labels = [*head_ids, *answer_ids], [-100] * len(head_ids) + answer_ids
     return {"input_ids": ids[-CONTEXT:], "labels": labels[-CONTEXT:]}
 
@@ -332,7 +293,7 @@ def _progress_callback() -> Any:
     class Progress(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                step = state.global_step
-                logger.info("starter: warm start step %d/%d loss %.2f", step, state.max_steps, logs["loss"])
+                progress = f"{state.global_step}/{state.max_steps}"
+                logger.info("starter: warm start step %s loss %.2f", progress, logs["loss"])
 
     return Progress()

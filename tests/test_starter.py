@@ -70,10 +70,9 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_memory() -> Any:
-    from lib.starter import _conversations, _texts
-    from lib.starter import StarterSettings as Settings
+    from lib.starter import StarterSettings, _conversations, _texts
 
-    return build_tokenizer(_texts(_conversations(colour_rows(), Settings())))
+    return build_tokenizer(_texts(_conversations(colour_rows(), StarterSettings())))
 
 
 def weights(folder: Path) -> bytes:

@@ -48,6 +48,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     model = models.load_model(source, config.model)
     chat = Chat(tokenizer)
     kept = within_limit(rows, chat, config.sampling.prompt_limit)
+    _check_rows(config, len(kept))
     checkpoint = last_checkpoint(run)
     run.cut_logs(json.loads((checkpoint / "logs.json").read_text()) if checkpoint else {})
     trainer = _make_trainer(config, model, tokenizer, kept, run)
@@ -76,6 +77,17 @@ def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
     if not kept:
         raise LocalError(f"all {len(rows)} prompts are longer than sampling.prompt_limit {limit}: raise it")
     return kept
+
+
+def _check_rows(config: Config, rows: int) -> None:
+    """TRL drops a last incomplete batch: with fewer rows than one sampling needs it would train on nothing, silently."""
+    training = config.training
+    prompts = training.batch * training.passes_per_generation // training.group_size
+    if rows < prompts:
+        raise LocalError(
+            f"one sampling takes {prompts} prompts (batch x steps_per_generation / group_size) and there are only {rows} "
+            f"rows: set training.batch to at most {rows * training.group_size // training.passes_per_generation}"
+        )
 
 
 def last_checkpoint(run: Run) -> Path | None:

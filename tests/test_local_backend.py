@@ -1,0 +1,155 @@
+"""The local backend in this process: what the knobs do, and how it ends when it cannot go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMOKE, run_cli
+from safetensors.numpy import load_file
+
+from lib import PROJECT_ROOT
+from lib.backends import local
+from lib.config import load_config
+from lib.prepare import prepare
+from lib.rollout import UnscoredLimitError
+from lib.runfolder import Run, open_run
+from lib.task import load_task
+
+
+class NeverStop:
+    def requested(self) -> bool:
+        return False
+
+
+def train(name: str, workspace: Path, **overrides: Any) -> tuple[Run, Path | None]:
+    """Two steps on the smoke config, with the session's starter policy."""
+    paths = {"paths.outputs": str(workspace / "outputs"), "paths.cache": str(workspace / "cache")}
+    config = load_config(SMOKE, {**paths, "training.steps": 2, **overrides})
+    task = load_task(config.task.name, **config.task.params)
+    run = open_run(name, config)
+    prepare(task, run)
+    return run, local.train(config, task, run.read_rows("train"), run, NeverStop())
+
+
+def test_full_fine_tuning_writes_a_whole_model_that_loads_by_itself(chain: Any, workspace: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, output = train("full", workspace, **{"lora.enabled": False})
+    assert output == run.folder / "model"
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.config.vocab_size >= len(tokenizer)
+    assert (run.folder / "checkpoints" / "step-2" / "optimizer.pt").is_file()
+
+
+def test_lora_settings_reach_the_adapter(chain: Any, workspace: Path) -> None:
+    _, output = train("lora", workspace, **{"lora.r": 4, "lora.alpha": 8, "lora.targets": ["q_proj", "v_proj"]})
+    assert output is not None
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, ["q_proj", "v_proj"])
+    assert {tensor.shape[0] for name, tensor in load_file(output / "adapter_model.safetensors").items() if "lora_A" in name} == {4}
+
+
+def test_completions_also_go_to_a_csv_when_asked(chain: Any, workspace: Path) -> None:
+    run, _ = train("csv", workspace, **{"training.completions_csv": "completions.csv"})
+    with (run.folder / "completions.csv").open(newline="", encoding="utf-8") as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == 2 * 16
+    assert {"step", "micro_step", "prompt", "completion", "reward", "chosen", "regret"} <= records[0].keys()
+    assert [r["completion"] for r in records] == [r["completion"] for r in run.rollouts()]
+
+
+def test_prompts_over_the_limit_are_dropped_and_counted(chain: Any, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(local.LocalError, match=r"all 600 prompts are longer than sampling.prompt_limit 5: raise it"):
+        train("short", workspace, **{"sampling.prompt_limit": 5})
+    assert "training: 0 rows, 600 dropped over sampling.prompt_limit 5 tokens" in capsys.readouterr().out
+
+
+FLAKY = """
+def score(text, row):
+    if int(row["id"]) % 2:
+        raise ConnectionError("judge.example refused the connection")
+    return min(1.0, len(text) / 40)
+"""
+
+
+def test_a_scorer_that_breaks_stops_the_run_with_the_reasons_counted(chain: Any, workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "hour {i}", "gold": "so [1]"}}\n' for i in range(40)))
+    task = {"name": str(tmp_path / "flaky.py"), "path": str(tmp_path / "rows.jsonl")}
+    values = {"task": task, "model": {"name": str(next((workspace / "cache" / "starter").glob("starter-*")))}}
+    config_file = tmp_path / "flaky.yaml"
+    config_file.write_text(json.dumps({**values, "training": {"steps": 2, "batch": 16, "group_size": 4, "save_steps": 1},
+                                       "sampling": {"completion_limit": 8}, "paths": {"outputs": str(workspace / "outputs")}}))  # fmt: skip
+    config = load_config(config_file)
+    run = open_run("flaky", config)
+    loaded = load_task(config.task.name, **config.task.params)
+    prepare(loaded, run)
+    with pytest.raises(UnscoredLimitError, match=r"step 1: \d+ of 16 rollouts could not be judged.*x ConnectionError: judge.example"):
+        local.train(config, loaded, run.read_rows("train"), run, NeverStop())
+    tolerant = config.model_copy(update={"rewards": config.rewards.model_copy(update={"max_unscored": 1.0})})
+    assert local.train(tolerant, loaded, run.read_rows("train"), run, NeverStop()) is not None
+    assert all(r["reward"] is None for r in run.rollouts() if int(r["row"]) % 2)
+    assert 0 < run.metrics()[0]["rollouts/unscored"] <= 1
+
+
+def test_wandb_gets_the_metrics_offline(chain: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run, _ = train("tracked", workspace, **{"tracker.name": "wandb", "tracker.project": "here", "tracker.run": "mine"})
+    import wandb
+
+    assert wandb.run is not None and (wandb.run.project, wandb.run.name) == ("here", "mine")
+    assert wandb.run.id.startswith("tracked-") and len(run.metrics()) == 2
+    wandb.finish()
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def test_running_out_of_memory_names_the_phase_the_peak_and_the_knobs(chain: Any, workspace: Path, places: list[str]) -> None:
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (9 * 2**30, 9 * 2**30)); "
+        "from lib.run import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["3_grpo_training", SMOKE, "-p", "run_name=memory", "-p", "training.batch=60000",
+                 "-p", "training.group_size=3000", *places]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "out of memory while" in done.stderr and "training.batch down" in done.stderr and "goes on from step 0" in done.stderr
+
+
+def test_a_batch_of_more_prompts_than_rows_is_refused(chain: Any, workspace: Path) -> None:
+    with pytest.raises(local.LocalError, match="one sampling takes 1000 prompts .* only 600 rows: set training.batch to at most 2400"):
+        train("few", workspace, **{"training.batch": 4000})
+
+
+def test_an_adapter_is_evaluated_without_an_earlier_run(chain: tuple[Path, str], workspace: Path, places: list[str], tmp_path: Path) -> None:
+    rows = (chain[0] / "rows" / "eval.jsonl").read_text().splitlines()[:12]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    base = next((workspace / "cache" / "starter").glob("starter-*"))
+    done = run_cli(
+        "4_adapter_evaluation", SMOKE, "-p", "run_name=alone", "-p", f"model.name={base}", *places,
+        "-p", f"evaluation.adapter={chain[0] / 'adapter'}", "-p", f"evaluation.prompts={tmp_path / 'prompts.jsonl'}",
+        "-p", "evaluation.samples=2", "-p", "evaluation.temperature=0.7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workspace / "outputs/alone/evaluation/adapter-sampled.jsonl").read_text().splitlines()]
+    assert len(records) == 24 and {r["row"] for r in records} == {json.loads(row)["id"] for row in rows}
+
+
+def test_an_adapter_of_another_base_is_refused(chain: tuple[Path, str], workspace: Path) -> None:
+    from lib import models
+
+    config = load_config(SMOKE)
+    other = workspace / "outputs" / "full" / "model"
+    if not other.is_dir():
+        train("full", workspace, **{"lora.enabled": False})
+    model = models.load_model(str(other), config.model)
+    with pytest.raises(models.ModelError, match="was trained on .*: set model.name to its base"):
+        models.load_adapter(model, str(chain[0] / "adapter"))
