@@ -1,7 +1,7 @@
 """Does the default run learn, whatever the seed? The whole chain for several seeds, on 2,048 fresh held-out prompts.
 
-Compares base and adapter (reloaded from disk) on the same rows, paired; bars: every interval above +0.08, mean gain above
-+0.15, sampled reward afterwards above the base's greedy reward.
+Compares base and adapter (reloaded from disk) on the same rows, paired. Bars: every interval above +0.08, mean gain
+above +0.15, sampled reward afterwards above the base's greedy reward.
 
     .venv/bin/python benchmarks/seeds.py --seeds 0 1 2 --figure docs/figures/decisions.png
 """
@@ -64,13 +64,15 @@ def table_row(run: Run, seed: int, seconds: float) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| seed | base sampled | base greedy | adapter sampled | gain, sampled (95 %) | over the base's greedy (95 %) | regret | best action |",
+        "| seed | base sampled | base greedy | adapter sampled | gain, sampled (95 %) "
+        "| over the base's greedy (95 %) | regret | best action |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         reward, regret, best = row["reward"], row["regret"], row["best"]
         lines.append(
-            f"| {row['seed']} | {reward['base sampled']:.3f} | {reward['base greedy']:.3f} | {reward['adapter sampled']:.3f} "
+            f"| {row['seed']} | {reward['base sampled']:.3f} | {reward['base greedy']:.3f} "
+            f"| {reward['adapter sampled']:.3f} "
             f"| {interval(row['gain'])} | {interval(row['over_greedy'])} "
             f"| {regret['base sampled']:.2f} → {regret['adapter sampled']:.2f} "
             f"| {best['base sampled']:.0%} → {best['adapter sampled']:.0%} |"
@@ -88,7 +90,9 @@ def verdict(rows: list[dict[str, Any]]) -> int:
     checks = {
         f"every interval above {LOW:+}": all(gain["low"] > LOW for gain in gains),
         f"mean gain {mean:+.3f} above {MEAN:+}": mean > MEAN,
-        "sampled beats the base's greedy": all(row["reward"]["adapter sampled"] > row["reward"]["base greedy"] for row in rows),
+        "sampled beats the base's greedy": all(
+            row["reward"]["adapter sampled"] > row["reward"]["base greedy"] for row in rows
+        ),
     }
     for name, passed in checks.items():
         sys.stdout.write(f"{'ok ' if passed else 'NOT'} {name}\n")
@@ -111,13 +115,18 @@ def draw(runs: list[Run], seeds: list[int], path: Path) -> None:
     left.legend()
     for y, (run, seed) in enumerate(zip(runs, seeds, strict=True)):
         row = table_row(run, seed, 0)
-        for offset, key, color, label in ((0.12, "gain", show.GREEN, "over sampled base"), (-0.12, "over_greedy", show.BLUE, "over greedy base")):
+        for offset, key, color, label in (
+            (0.12, "gain", show.GREEN, "over sampled base"),
+            (-0.12, "over_greedy", show.BLUE, "over greedy base"),
+        ):
             gain = row[key]
             right.plot([gain["low"], gain["high"]], [y + offset] * 2, color=color, linewidth=2.5)
             right.plot(gain["mean"], y + offset, "o", color=color, label=label if y == 0 else None)
     right.axvline(0, color="black", linewidth=0.8)
     right.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-    right.set(title="Gain on 2,048 held-out prompts", xlabel="reward, sampled answers (paired, 95 %)", ylim=(-0.6, len(seeds)))
+    right.set(
+        title="Gain on 2,048 held-out prompts", xlabel="reward, sampled answers (paired, 95 %)", ylim=(-0.6, len(seeds))
+    )
     right.legend(loc="upper left", ncols=2, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

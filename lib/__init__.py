@@ -1,6 +1,6 @@
 """The GRPO workbench: what the notebooks call. `import lib` imports nothing heavy.
 
-    python -m lib.run --help
+python -m lib.run --help
 """
 
 import os
@@ -8,6 +8,11 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 """Relative paths in configs resolve against this folder, never against the working directory."""
+
+
+class WorkbenchError(Exception):
+    """Something that a user can mend: the message says what was given, what is allowed, and what to do."""
+
 
 # Libraries read these once, when they are imported, so they are set before any of them can be.
 for _name, _value in {
@@ -18,7 +23,7 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
     # libgomp's default is to spin: one busy neighbour then makes a two-thread CPU step eight times slower.
     "GOMP_SPINCOUNT": "3000",
-    # bitsandbytes asks the Hub for a CPU kernel as soon as it is imported on a CPU with AVX512-BF16: name a place that is not there.
+    # On a CPU with AVX512-BF16 bitsandbytes asks the Hub for a kernel as soon as it is imported: name an empty place.
     "LOCAL_KERNELS": "kernels-community/quantization-bitsandbytes=/nonexistent",
 }.items():
     os.environ.setdefault(_name, _value)

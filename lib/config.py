@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, WorkbenchError
 from lib.task import describe_invalid, nearest
 
 SCHEMA = 1
@@ -23,7 +23,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(WorkbenchError, ValueError):
     """The config cannot be used as given; the message says what to change."""
 
 
@@ -242,7 +242,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """defaults < YAML file < overrides (`{"training.steps": 2}` or nested). Raises ConfigError."""
     if isinstance(overrides, str):
         raise ConfigError(
-            f"overrides must be a mapping, not the text {overrides!r}. With plain papermill: -y 'overrides: {{training.steps: 2}}'"
+            f"overrides must be a mapping, not the text {overrides!r}. With plain papermill: "
+            f"-y 'overrides: {{training.steps: 2}}'"
         )
     values = _read_yaml(resolve_path(path))
     for key, value in (overrides or {}).items():
@@ -265,7 +266,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def check_key(key: str) -> None:
-    """Refuse a dotted key that the config does not have, before any kernel starts. Task fields pass (load_task checks)."""
+    """Refuse a dotted key that the config does not have, before a kernel starts. Task fields pass: load_task checks."""
     model: type[BaseModel] = Config
     for part in key.split("."):
         if model is TaskSection:

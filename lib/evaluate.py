@@ -89,7 +89,9 @@ def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
     records = {_label(p.name, g): list(read_lines(_file(run, p.name, g))) for p, g in wanted}
     comparison = compare_policies(records, policies[-1].name, lowest=task.reward_range[0])
     for label, gain in comparison.gains.items():
-        logger.info("evaluation: gain of %s %+.4f [%+.4f, %+.4f] on %d rows", label, gain.mean, gain.low, gain.high, gain.n)
+        logger.info(
+            "evaluation: gain of %s %+.4f [%+.4f, %+.4f] on %d rows", label, gain.mean, gain.low, gain.high, gain.n
+        )
     if not finished:
         result = _as_json(comparison)
         write_json(run.path("evaluation", "summary.json"), result)
@@ -198,7 +200,9 @@ def _within_limit(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:
     limit = config.sampling.prompt_limit
     kept = [row for row in rows if len(chat.prompt_ids(row["prompt"], row.get("tools"))) <= limit]
     if len(kept) < len(rows):
-        logger.info("evaluation: %d of %d rows left out, over sampling.prompt_limit %d", len(rows) - len(kept), len(rows), limit)
+        logger.info(
+            "evaluation: %d of %d rows left out, over sampling.prompt_limit %d", len(rows) - len(kept), len(rows), limit
+        )
     if not kept:
         raise RunError(f"no held-out row is left to evaluate ({len(rows)} before sampling.prompt_limit {limit})")
     return kept

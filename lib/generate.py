@@ -40,7 +40,9 @@ class Chat:
         """The ids that the policy answers to, generation prompt included."""
         return list(self._rendered(json.dumps(list(messages)), json.dumps(list(tools or []))))
 
-    def text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, answer: bool = True) -> str:
+    def text(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, answer: bool = True
+    ) -> str:
         """The rendered conversation; `answer` adds the generation prompt."""
         return str(
             self.tokenizer.apply_chat_template(
@@ -80,7 +82,7 @@ class Chat:
     def message(self, prompt: list[int], output: list[int]) -> Message:
         """The assistant message in sampled ids: what the final answer is, apart from thinking and tool calls."""
         if "<|channel|>" in str(self.tokenizer.chat_template):
-            return harmony_message(self.tokenizer.decode(output))
+            return harmony_message(str(self.tokenizer.decode(output)))
         if getattr(self.tokenizer, "response_template", None) or getattr(self.tokenizer, "response_schema", None):
             from trl.chat_template_utils import parse_response
 
@@ -99,7 +101,7 @@ def harmony_message(text: str) -> Message:
 
     Without a finished final channel the markup stays in the content, so that no scorer mistakes thoughts for an answer.
     """
-    channels = {name: content for name, content in _CHANNEL.findall(text)}
+    channels = dict(_CHANNEL.findall(text))
     if "final" not in channels:
         return {"role": "assistant", "content": text}
     message = {"role": "assistant", "content": channels["final"]}

@@ -15,11 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lib import WorkbenchError
+
 APPLICATION_ID = 0x47525042  # "GRPB": tells our files from anybody else's SQLite
-_TABLE = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID"
+_TABLE = """CREATE TABLE IF NOT EXISTS verdicts
+    (key TEXT PRIMARY KEY, verdict TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID"""
 
 
-class LedgerError(RuntimeError):
+class LedgerError(WorkbenchError, RuntimeError):
     """The file is not a ledger, or is damaged."""
 
 
@@ -60,13 +63,17 @@ class Ledger:
             owner = connection.execute("PRAGMA application_id").fetchone()[0]
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if owner != APPLICATION_ID and (owner or tables):
-                raise LedgerError(f"{self.path} is an SQLite file of another program: give the ledger a path of its own")
+                raise LedgerError(
+                    f"{self.path} is an SQLite file of another program: give the ledger a path of its own"
+                )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(_TABLE)
         except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{self.path} cannot be read as a ledger ({error}): move it away, or restore a copy") from error
+            raise LedgerError(
+                f"{self.path} cannot be read as a ledger ({error}): move it away, or restore a copy"
+            ) from error
         return connection
 
 

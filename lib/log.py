@@ -43,7 +43,7 @@ class _Stdout(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_logging(file: Path, terminal: bool = True) -> None:
-    """Send the workbench's log lines to `file` and, where asked, to standard output. Calling it again replaces the file."""
+    """Send the workbench's log lines to `file` and, where asked, to standard output; again = to another file."""
     root = logging.getLogger("lib")
     root.setLevel(logging.INFO)
     root.propagate = False

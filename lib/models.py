@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib import WorkbenchError
 from lib.config import Config, LoraSection, ModelSection, resolve_path
 from lib.task import Row
 
@@ -39,11 +40,11 @@ OUT_OF_MEMORY_KNOBS = (
 """(where it helps, what to turn), in order of effect."""
 
 
-class ModelError(RuntimeError):
+class ModelError(WorkbenchError, RuntimeError):
     """The model cannot be loaded or used as asked; the message says what to change."""
 
 
-def resolve_model(config: Config, rows: Iterable[Row]) -> str:
+def resolve_model(config: Config, rows: Sequence[Row]) -> str:
     """The Hugging Face id or folder of the base policy; makes (or finds) the starter policy where that is asked for."""
     if config.model.name != STARTER:
         local = resolve_path(config.model.name)
@@ -68,10 +69,12 @@ def load_tokenizer(source: str, settings: ModelSection) -> PreTrainedTokenizerBa
             truncation_side="left",
         )
     if tokenizer.chat_template is None:
-        raise ModelError(f"{source} has no chat template: use the instruct version of this model, or add a template to it")
+        raise ModelError(
+            f"{source} has no chat template: use the instruct version of this model, or add a template to it"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_model(source: str, settings: ModelSection) -> PreTrainedModel:
@@ -81,7 +84,13 @@ def load_model(source: str, settings: ModelSection) -> PreTrainedModel:
 
     transformers_logging.disable_progress_bar()  # headless logs are plain lines
     dtype, attention = torch_dtype(settings), attention_of(settings)
-    logger.info("model: loading %s (%s, %s attention) on %s", _short(source), str(dtype).removeprefix("torch."), attention, describe_device())
+    logger.info(
+        "model: loading %s (%s, %s attention) on %s",
+        _short(source),
+        str(dtype).removeprefix("torch."),
+        attention,
+        describe_device(),
+    )
     with _explained(source):
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -91,7 +100,7 @@ def load_model(source: str, settings: ModelSection) -> PreTrainedModel:
             attn_implementation=attention,
         )
     logger.info("model: %.2f million parameters", parameter_count(model) / 1e6)
-    return model.to(device()).eval()  # type: ignore[no-any-return]
+    return model.to(device()).eval()  # type: ignore[arg-type, no-any-return]
 
 
 def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -100,7 +109,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     with _explained(adapter):
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    name = model.name_or_path
+    name = str(model.name_or_path)
     if base and base != name and Path(base).name != Path(name).name:
         raise ModelError(f"adapter {adapter} was trained on {base}, not on {name}: set model.name to its base")
     with _explained(adapter):
@@ -108,14 +117,16 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 
 def lora_config(settings: LoraSection, model: PreTrainedModel) -> LoraConfig | None:
-    """PEFT's config: all linear layers by default, plus the experts' bare tensors, which `all-linear` does not reach."""
+    """PEFT's config: all linear layers by default, plus the experts' bare tensors, which `all-linear` leaves out."""
     if not settings.enabled:
         return None
     from peft import LoraConfig
 
     experts = expert_parameters(model) if settings.expert_parameters == "auto" else list(settings.expert_parameters)
     if experts and settings.dropout:
-        raise ModelError(f"lora.dropout must be 0 with expert parameters ({', '.join(experts)}): PEFT cannot drop out of them")
+        raise ModelError(
+            f"lora.dropout must be 0 with expert parameters ({', '.join(experts)}): PEFT cannot drop out of them"
+        )
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -196,9 +207,20 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory"
 
 
-def out_of_memory_advice(phase: str) -> str:
-    """What happened and which knobs to turn, in order of effect in this phase ("sampling" or "loss")."""
-    knobs = [knob for where, knob in OUT_OF_MEMORY_KNOBS if where in (phase, "both")] or [k for _, k in OUT_OF_MEMORY_KNOBS]
+def out_of_memory_advice(phase: str, config: Config) -> str:
+    """What happened and which knobs to turn, in order of effect in this phase ("sampling", "loss" or any other)."""
+    import torch
+
+    turned = {
+        "model.gradient_checkpointing": config.model.gradient_checkpointing is True,
+        "model.liger": config.model.liger or not torch.cuda.is_available(),
+        "lora.enabled": config.lora.enabled,
+    }
+    knobs = [
+        knob
+        for where, knob in OUT_OF_MEMORY_KNOBS
+        if (where in (phase, "both") or phase not in ("sampling", "loss")) and not turned.get(knob.split(":")[0])
+    ]
     return f"out of memory while {phase}: peak {peak_memory()}. Turn, in this order: " + "; ".join(knobs) + "."
 
 
@@ -226,7 +248,9 @@ class _explained:
         if "gated" in text.lower() or "401" in text or "403" in text:
             advice = f"it is gated: accept its terms on https://huggingface.co/{self.source} and set HF_TOKEN"
         elif "offline" in text.lower() or "connect" in text.lower() or "couldn't" in text.lower():
-            advice = "it is neither a folder here nor reachable on the Hub: check the spelling and the network, or give a folder"
+            advice = (
+                "it is neither a folder here nor reachable on the Hub: check spelling and network, or give a folder"
+            )
         else:
             advice = text.splitlines()[0] if text else type(error).__name__
         raise ModelError(f"cannot load {self.source}: {advice}") from error

@@ -41,7 +41,7 @@ class Gain(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """One policy on the held-out rows. Unscored answers are in neither mean; masked ones only in `reward_with_invalid`."""
+    """One policy on the held-out rows. Unscored answers are in neither mean, masked ones in `reward_with_invalid`."""
 
     policy: str
     n: int
@@ -98,9 +98,11 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    means = np.concatenate([  # in blocks: 5,000 x 100,000 rows at once would not fit in memory
-        values[rng.integers(0, len(values), (block, len(values)))].mean(1) for block in _blocks(len(values))
-    ])
+    means = np.concatenate(
+        [  # in blocks: 5,000 x 100,000 rows at once would not fit in memory
+            values[rng.integers(0, len(values), (block, len(values)))].mean(1) for block in _blocks(len(values))
+        ]
+    )
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -134,7 +136,9 @@ def by_category(
     categories = sorted({str(record["category"]) for record in before if record["category"] is not None})
     return {
         name: compare(
-            [r for r in before if str(r["category"]) == name], [r for r in after if str(r["category"]) == name], seed=seed
+            [r for r in before if str(r["category"]) == name],
+            [r for r in after if str(r["category"]) == name],
+            seed=seed,
         )
         for name in categories
     }
@@ -145,7 +149,13 @@ def most_changed(
 ) -> list[dict[str, Any]]:
     """The answers whose reward changed most, both ways, largest change first."""
     pairs = [
-        {"row": a["row"], "prompt": a["prompt"], "before": a["answer"], "after": b["answer"], "change": b["reward"] - a["reward"]}
+        {
+            "row": a["row"],
+            "prompt": a["prompt"],
+            "before": a["answer"],
+            "after": b["answer"],
+            "change": b["reward"] - a["reward"],
+        }
         for a, b in zip(before, after, strict=True)
         if a["reward"] is not None and b["reward"] is not None
     ]

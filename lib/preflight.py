@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lib import models
@@ -44,7 +44,9 @@ def score_answers(task: Task, row: Row, answers: dict[str, str]) -> list[dict[st
 def known_answers(task: Task, rows: Sequence[Row], count: int = 3) -> list[dict[str, Any]]:
     """Gold, wrong, empty and cheating answers to a few rows, with what they earn."""
     chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
-    return [record for index in chosen for record in score_answers(task, rows[index], _answers(task, rows[index], rows))]
+    return [
+        record for index in chosen for record in score_answers(task, rows[index], _answers(task, rows[index], rows))
+    ]
 
 
 def score_one(task: Task, rollout: Rollout) -> Score:
@@ -62,7 +64,9 @@ def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model)
     chat = Chat(tokenizer, end_ids(model, tokenizer))
-    as_trained = config.evaluation.model_copy(update=config.sampling.model_dump(include={"temperature", "top_p", "top_k"}))
+    as_trained = config.evaluation.model_copy(
+        update=config.sampling.model_dump(include={"temperature", "top_p", "top_k"})
+    )
     torch.manual_seed(config.training.seed)
     sample = local_sample(model, chat, as_trained, config.sampling.completion_limit, greedy=False)
     group = config.training.group_size
@@ -82,19 +86,28 @@ def grouped_rewards(records: Sequence[dict[str, Any]], group_size: int) -> list[
 def signal(records: Sequence[dict[str, Any]], group_size: int, batch_groups: int) -> list[dict[str, Any]]:
     """How much of what the base policy says a trainer could learn from, in words and numbers."""
     groups = grouped_rewards(records, group_size)
-    useful = sum(len({r for r in group if r is not None}) > 1 for group in groups) / len(groups)
-    count = len(records)
-    return [
-        {"check": "groups whose rewards differ (signal)", "share": useful, "meaning": f"about {useful * batch_groups:.1f} useful groups a step"},
-        {"check": "groups without a single valid answer", "share": sum(all(r is None for r in g) for g in groups) / len(groups), "meaning": "nothing to learn from"},
-        {"check": "answers masked by the task (invalid)", "share": sum(r["masked"] for r in records) / count, "meaning": "left out of the gradient"},
-        {"check": "answers unscored", "share": sum(r["reward"] is None and not r["masked"] for r in records) / count, "meaning": "judge, sandbox or scorer failed"},
-        {"check": "answers cut off at the completion limit", "share": sum(r["stop"] == "length" for r in records) / count, "meaning": "raise sampling.completion_limit if high"},
-    ]  # fmt: skip
+    useful = _share(len({r for r in group if r is not None}) > 1 for group in groups)
+    empty = _share(all(r is None for r in group) for group in groups)
+    masked = _share(bool(r["masked"]) for r in records)
+    unscored = _share(r["reward"] is None and not r["masked"] for r in records)
+    cut = _share(r["stop"] == "length" for r in records)
+    checks = [
+        ("groups whose rewards differ (signal)", useful, f"about {useful * batch_groups:.1f} useful groups a step"),
+        ("groups without a single valid answer", empty, "nothing to learn from"),
+        ("answers masked by the task (invalid)", masked, "left out of the gradient"),
+        ("answers unscored", unscored, "judge, sandbox or scorer failed"),
+        ("answers cut off at the completion limit", cut, "raise sampling.completion_limit if high"),
+    ]
+    return [{"check": check, "share": share, "meaning": meaning} for check, share, meaning in checks]
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0
 
 
 def _answers(task: Task, row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """Gold where the row has one; the worst of some other rows' golds; nothing; the prompt back; several golds at once."""
+    """Gold where the row has one; the worst of other rows' golds; nothing; the prompt back; several golds at once."""
     others = random.Random(row["id"]).sample(range(len(rows)), min(4 * CANDIDATES, len(rows)))
     gold = _text(row)
     golds = list(dict.fromkeys(text for i in others if (text := _text(rows[i])) and text != gold))[:CANDIDATES]

@@ -16,13 +16,13 @@ from lib import models
 from lib.config import Config
 from lib.generate import Chat
 from lib.runfolder import Run, hash_file
-from lib.task import Row, Task, TaskError
+from lib.task import Row, Split, Task, TaskError
 
 logger = logging.getLogger(__name__)
 
 STAGE = "data"
 SECTIONS = ("task", "data")
-SPLITS = ("train", "eval")
+SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 def prepare(task: Task, run: Run) -> dict[str, int]:
@@ -30,7 +30,7 @@ def prepare(task: Task, run: Run) -> dict[str, int]:
     inputs = {str(path): hash_file(path) for path in task.input_files()}
     done = run.begin(STAGE, SECTIONS, inputs)
     if done is None:
-        counts = {split: run.write_rows(split, map(_checked, task.rows(split))) for split in SPLITS}
+        counts: dict[str, int] = {split: run.write_rows(split, map(_checked, task.rows(split))) for split in SPLITS}
         if not counts["train"]:
             raise TaskError("the task has no training rows: check path, split_ratio and max_samples")
         done = run.end(STAGE, counts)
@@ -47,7 +47,7 @@ def open_chat(config: Config, run: Run) -> Chat:
 def token_lengths(chat: Chat, run: Run) -> dict[str, list[int]]:
     """Prompt tokens of every row, by split."""
     return {
-        split: [len(chat.prompt_ids(row["prompt"], row.get("tools"))) for row in run.read_rows(split)]  # type: ignore[arg-type]
+        split: [len(chat.prompt_ids(row["prompt"], row.get("tools"))) for row in run.read_rows(split)]
         for split in SPLITS
     }
 

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+from lib import WorkbenchError
 from lib.task import Generate, Message, Rollout, Row, Score, Task, Turn
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class UnscoredLimitError(RuntimeError):
+class UnscoredLimitError(WorkbenchError, RuntimeError):
     """Too many rollouts could not be judged: their rewards say nothing about the policy."""
 
 
@@ -142,8 +143,8 @@ def to_tokens(rollout: Rollout) -> TokenRow:
         known = prompt + output
         if list(turn.prompt_ids[: len(known)]) != known:
             raise ValueError(
-                f"row {rollout.row['id']}: the chat template rewrites earlier turns, so the tokens trained on would not "
-                f"be those sampled. Use a template whose longer conversations begin with the shorter ones."
+                f"row {rollout.row['id']}: the chat template rewrites earlier turns, so the tokens trained on would "
+                f"not be those sampled. Use a template whose longer conversations begin with the shorter ones."
             )
         world = list(turn.prompt_ids[len(known) :])
         output += [*world, *turn.output_ids]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, WorkbenchError
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -30,7 +30,7 @@ examples:
 """
 
 
-class UsageError(ValueError):
+class UsageError(WorkbenchError, ValueError):
     """The command line cannot be carried out; the message says what to change."""
 
 
@@ -62,15 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("notebook", help="a notebook, `all` for the chain 1-4, or `doctor`")
     parser.add_argument("config", help="a YAML file, e.g. configs/decisions.yaml")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
-                        help="a notebook parameter or any config key, dotted (training.steps=20); repeatable")  # fmt: skip
+    anything = "a notebook parameter or any config key, dotted (training.steps=20); repeatable"
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=anything)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lib.config import ConfigError, load_config
-    from lib.runfolder import RunError, open_run
-    from lib.task import TaskError, load_task
+    from lib.config import load_config
+    from lib.runfolder import open_run
+    from lib.task import load_task
 
     notebooks = [notebook_path(name) for name in (CHAIN if options.notebook == "all" else (options.notebook,))]
     given = parse_parameters(options.parameters)
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         config = load_config(options.config, first["overrides"])
         load_task(config.task.name, **config.task.params)
         run = open_run(first.get("run_name", ""), config, default=options.config)
-    except (ConfigError, TaskError, RunError) as error:
+    except WorkbenchError as error:
         raise UsageError(str(error)) from None
     return _execute_all(notebooks, parameters, run.name, config)
 
@@ -140,7 +140,9 @@ def notebook_path(name: str) -> Path:
     for candidate in (Path(name), PROJECT_ROOT / name, folder / name, folder / f"{name}.ipynb"):
         if candidate.is_file() and candidate.suffix == ".ipynb":
             return candidate.resolve()
-    raise UsageError(f"notebook not found: {name}.{nearest(Path(name).stem, [path.stem for path in folder.glob('*.ipynb')])}")
+    raise UsageError(
+        f"notebook not found: {name}.{nearest(Path(name).stem, [path.stem for path in folder.glob('*.ipynb')])}"
+    )
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

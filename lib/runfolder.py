@@ -22,10 +22,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lib import PROJECT_ROOT, provenance
+from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import SCHEMA, Config, parse_config, resolve_path
-from lib.tables import JsonlTable
 from lib.log import start_logging
+from lib.tables import JsonlTable
 from lib.task import Row, Split
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ LOGS = ("rollouts.jsonl", "metrics.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class RunError(RuntimeError):
+class RunError(WorkbenchError, RuntimeError):
     """The run folder cannot be used as asked; the message says what to do."""
 
 
@@ -63,8 +63,9 @@ class Run:
         """Write a split's rows, one by one, whole or not at all; returns how many."""
         count = 0
         with atomic_file(self.path("rows", f"{split}.jsonl")) as file:
-            for count, row in enumerate(rows, start=1):
+            for row in rows:
                 file.write(to_line(row))
+                count += 1
         return count
 
     def read_rows(self, split: Split) -> Sequence[Row]:
@@ -108,7 +109,9 @@ class Run:
             path = self.folder / log
             if path.is_file():
                 if path.stat().st_size < sizes.get(log, 0):
-                    raise RunError(f"{path} is shorter than its checkpoint says: it was changed by hand; start a new run")
+                    raise RunError(
+                        f"{path} is shorter than its checkpoint says: it was changed by hand; start a new run"
+                    )
                 os.truncate(path, sizes.get(log, 0))
 
     def _size(self, log: str) -> int:
@@ -352,13 +355,17 @@ def _record_provenance(run: Run) -> None:
         return
     known = json.loads(path.read_text())
     if known["code"] != now["code"]:
-        logger.warning("the code changed since this run was made (%s then, %s now)", known["code"]["commit"], now["code"]["commit"])
+        logger.warning(
+            "the code changed since this run was made (%s then, %s now)", known["code"]["commit"], now["code"]["commit"]
+        )
 
 
 def _differences(known: Any, now: Any, where: str = "") -> list[str]:
     if isinstance(known, dict) and isinstance(now, dict):
         keys = sorted(known.keys() | now.keys())
-        return [d for key in keys for d in _differences(known.get(key), now.get(key), f"{where}.{key}" if where else key)]
+        return [
+            d for key in keys for d in _differences(known.get(key), now.get(key), f"{where}.{key}" if where else key)
+        ]
     where = where.removeprefix("config.")
     return [] if known == now else [f"{where} was {known!r}, now {now!r}"]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2f6db5", "#e07b39", "#3a9a6b", "#8a8f98", "#c44536"
-_STYLE = {
+_STYLE: dict[str, Any] = {
     "figure.dpi": 110,
     "font.size": 9,
     "axes.spines.top": False,
@@ -56,8 +56,13 @@ def config(values: Config) -> None:
     changed = {key: value for key, value in resolved.items() if defaults.get(key, ...) != value}
     rest = {key: value for key, value in resolved.items() if key not in changed}
     _html(
-        _html_table([{"key": key, "value": _short(value)} for key, value in {"task.name": values.task.name, **changed}.items()])
-        + _details(f"{len(rest)} more at their defaults", _html_table([{"key": k, "value": _short(v)} for k, v in rest.items()]))
+        _html_table(
+            [{"key": key, "value": _short(value)} for key, value in {"task.name": values.task.name, **changed}.items()]
+        )
+        + _details(
+            f"{len(rest)} more at their defaults",
+            _html_table([{"key": k, "value": _short(v)} for k, v in rest.items()]),
+        )
     )
 
 
@@ -103,7 +108,9 @@ def lengths(tokens: Mapping[str, Sequence[int]], limit: int) -> Figure:
     figure, axes = _figure(1, 1, 7.2, 2.4)
     ax = axes[0]
     for (name, values), color in zip(tokens.items(), (BLUE, ORANGE), strict=False):
-        ax.hist(values, bins=min(40, max(5, len(set(values)))), alpha=0.65, color=color, label=f"{name} (n={len(values)})")
+        ax.hist(
+            values, bins=min(40, max(5, len(set(values)))), alpha=0.65, color=color, label=f"{name} (n={len(values)})"
+        )
     longest = max((max(values) for values in tokens.values() if values), default=0)
     if limit <= 2 * longest:
         ax.axvline(limit, color=RED, linestyle="--", label=f"prompt_limit {limit}")
@@ -154,12 +161,14 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     flat[5].set_ylim(-0.02, 1.02)
     for ax in flat:
         ax.set_xlabel("step")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        _whole_steps(ax)
     return _done(figure)
 
 
-def live(draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves) -> Callable[[list[dict[str, Any]], bool], None]:
-    """A watcher that redraws one figure in place as metrics arrive, within a small share of the time; the last always."""
+def live(
+    draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves,
+) -> Callable[[list[dict[str, Any]], bool], None]:
+    """A watcher that redraws one figure in place as metrics arrive, in a small share of the time; the last always."""
     from IPython.display import DisplayHandle, display
 
     handle: DisplayHandle | None = None
@@ -209,14 +218,14 @@ def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figu
     """Paired gains with 95 % intervals; grey where the interval includes zero."""
     figure, axes = _figure(1, 1, 7.6, 0.9 + 0.34 * max(2, len(by_name)))
     ax = axes[0]
-    for y, (name, gain) in enumerate(reversed(by_name.items())):
+    for y, gain in enumerate(reversed(list(by_name.values()))):
         color = (GREEN if gain.mean > 0 else RED) if gain.clear else GREY
         ax.plot([gain.low, gain.high], [y, y], color=color, linewidth=2.5, solid_capstyle="round")
         ax.plot(gain.mean, y, "o", color=color)
-        ax.annotate(f"{gain.mean:+.3f}  [{gain.low:+.3f}, {gain.high:+.3f}]  n={gain.n}", (gain.high, y), xytext=(8, -3),
-                    textcoords="offset points", fontsize=8)  # fmt: skip
+        label = f"{_interval(gain)}  n={gain.n}"
+        ax.annotate(label, (gain.high, y), xytext=(8, -3), textcoords="offset points", fontsize=8)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(by_name)), list(reversed(by_name)))
+    ax.set_yticks(range(len(by_name)), list(reversed(list(by_name))))
     ax.set(title=title, xlabel=f"gain in {unit} (paired, 95 % interval)", ylim=(-0.6, len(by_name) - 0.4))
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.55 * (high - low))
@@ -241,7 +250,7 @@ def parts(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         ax.plot([m["step"] for m in metrics], values, color=BLUE, alpha=0.3, linewidth=1)
         ax.plot([m["step"] for m in metrics], smooth(values), color=BLUE, linewidth=2)
         ax.set_title(name.removeprefix("parts/"))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        _whole_steps(ax)
     for ax in axes[len(names) :]:
         ax.set_visible(False)
     return _done(figure)
@@ -257,7 +266,9 @@ def part_shares(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | 
     figure, axes = _figure(1, len(few), 6 * len(few), 2.8)
     for ax, name in zip(axes, few, strict=True):
         shares = {
-            label: {f"{v:g}": some.count(v) / len(some) for v in set(some)} for label, some in values[name].items() if some
+            label: {f"{v:g}": some.count(v) / len(some) for v in set(some)}
+            for label, some in values[name].items()
+            if some
         }
         _draw_bars(ax, shares, name, "value")
     axes[-1].legend()
@@ -278,7 +289,7 @@ def verdict(comparison: Comparison) -> None:
     base = next(s for s in comparison.summaries if s.policy == "base sampled")
     if over and greedy:
         lines.append(
-            f"Sharpening alone (the base answering greedily instead of sampling) would give {greedy.reward - base.reward:+.3f}; "
+            f"Sharpening alone (the base answering greedily) would give {greedy.reward - base.reward:+.3f}; "
             f"sampled answers after training against the base's greedy ones: {_interval(over)}."
         )
     _html("".join(f"<p>{line}</p>" for line in lines))
@@ -296,7 +307,9 @@ def _draw_bars(ax: Axes, counts: Mapping[str, Mapping[str, float]], title: str, 
     keys = sorted({key for series in counts.values() for key in series})
     width = 0.8 / max(1, len(counts))
     for i, ((name, series), color) in enumerate(zip(counts.items(), (BLUE, ORANGE, GREEN, GREY), strict=False)):
-        ax.bar([x + i * width for x in range(len(keys))], [series.get(k, 0) for k in keys], width, label=name, color=color)
+        ax.bar(
+            [x + i * width for x in range(len(keys))], [series.get(k, 0) for k in keys], width, label=name, color=color
+        )
     ax.set_xticks([x + 0.4 - width / 2 for x in range(len(keys))], keys)
     ax.set(title=title, xlabel=xlabel, ylabel="share")
 
@@ -313,7 +326,13 @@ def _slider(records: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> None:
 
 def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
     reward = "masked" if record["masked"] else "unscored" if record["reward"] is None else record["reward"]
-    return {"step": record["step"], "row": record["row"], "prompt": record["prompt"], "answer": record["completion"], "reward": reward}
+    return {
+        "step": record["step"],
+        "row": record["row"],
+        "prompt": record["prompt"],
+        "answer": record["completion"],
+        "reward": reward,
+    }
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -325,10 +344,16 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, [ax for line in axes for ax in line]
 
 
+def _whole_steps(ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
 def use_style() -> None:
     import matplotlib as mpl
 
-    mpl.rcParams.update(_STYLE)
+    mpl.rcParams.update(_STYLE)  # type: ignore[arg-type]
 
 
 def _done(figure: Figure) -> Figure:
@@ -362,7 +387,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _content(message: Message) -> str:
     content = message.get("content")
-    return content if isinstance(content, str) else json.dumps(content if content is not None else message, ensure_ascii=False)
+    return (
+        content
+        if isinstance(content, str)
+        else json.dumps(content if content is not None else message, ensure_ascii=False)
+    )
 
 
 def _short(value: Any, limit: int = 220) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, WorkbenchError
 
 Message = dict[str, Any]
 """An OpenAI chat message; `tool_calls` included."""
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 Split = Literal["train", "eval"]
 
 
-class TaskError(ValueError):
+class TaskError(WorkbenchError, ValueError):
     """The task or its data cannot be used as given; the message says what to change."""
 
 
@@ -100,7 +100,9 @@ class Task(BaseModel, frozen=True, extra="forbid"):
         """The files that the rows are read from: their hashes decide whether prepared rows are still right."""
         return []
 
-    def write_tables(self, folder: Path, render: Callable[[Sequence[Message]], str], write_back: bool = False) -> list[Path]:
+    def write_tables(
+        self, folder: Path, render: Callable[[Sequence[Message]], str], write_back: bool = False
+    ) -> list[Path]:
         """Write the task's own converted tables for people and other tools, if it has any; returns the paths."""
         return []
 
@@ -142,7 +144,9 @@ def describe_invalid(error: ValidationError, model: type[BaseModel], prefix: str
     for problem in error.errors():
         where = prefix + ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key.{nearest(str(problem['loc'][-1]), _fields_at(model, problem['loc'][:-1]))}")
+            lines.append(
+                f"{where}: unknown key.{nearest(str(problem['loc'][-1]), _fields_at(model, problem['loc'][:-1]))}"
+            )
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = "" if isinstance(problem["input"], (dict, BaseModel)) else f" (given: {problem['input']!r})"
@@ -171,7 +175,9 @@ def _import_task_module(name: str) -> ModuleType:
     path = Path(name) if Path(name).is_absolute() else PROJECT_ROOT / name
     if name.endswith(".py"):
         if not path.is_file():
-            raise TaskError(f"task file not found: {path}. Give a path relative to the project root, or an absolute one.")
+            raise TaskError(
+                f"task file not found: {path}. Give a path relative to the project root, or an absolute one."
+            )
         module_name = f"user_task_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec and spec.loader

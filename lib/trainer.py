@@ -69,10 +69,19 @@ def make_trainer_class() -> type[GRPOTrainer]:
             plain = all(all(mask) for mask in batch.mask)
             texts = [""] * len(prompts)
             extra = {REWARD: batch.rewards}
-            return batch.prompt_ids, batch.output_ids, None if plain else batch.mask, texts, batch.logprobs, extra, None, []
+            return (
+                batch.prompt_ids,
+                batch.output_ids,
+                None if plain else batch.mask,
+                texts,
+                batch.logprobs,
+                extra,
+                None,
+                [],
+            )
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-            return super()._compute_loss(model, _without_masked_rows(inputs))  # type: ignore[no-any-return]
+            return super()._compute_loss(model, _without_masked_rows(inputs))  # type: ignore[no-any-return, no-untyped-call]
 
     def _without_masked_rows(inputs: dict[str, Any]) -> dict[str, Any]:
         # Loss types that average over sequences (grpo, dr_grpo, luspo) would count an all-masked row as a zero.

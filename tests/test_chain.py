@@ -29,7 +29,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_chain_leaves_a_whole_run_folder(chain: tuple[Path, str]) -> None:
     folder, _ = chain
     expected = [
-        "config.json", "provenance.json", "rows/train.jsonl", "rows/eval.jsonl", "rollouts.jsonl", "metrics.jsonl", "log.txt",
+        "config.json", "provenance.json", "rows/train.jsonl", "rows/eval.jsonl", "rollouts.jsonl", "metrics.jsonl",
+        "log.txt",
         "checkpoints/step-2/trainer_state.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json",
         "adapter/tokenizer.json", "evaluation/base-sampled.jsonl", "evaluation/summary.json", "result.json",
     ]  # fmt: skip
@@ -67,7 +68,9 @@ def test_metrics_have_one_record_a_step_with_loss_and_reward(chain: tuple[Path, 
     records = lines(chain[0] / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(isinstance(record["loss"], float) and 0 <= record["reward"] <= 1 for record in records)
-    by_step = {step: [r["reward"] for r in lines(chain[0] / "rollouts.jsonl") if r["step"] == step] for step in (1, 2, 3, 4)}
+    by_step = {
+        step: [r["reward"] for r in lines(chain[0] / "rollouts.jsonl") if r["step"] == step] for step in (1, 2, 3, 4)
+    }
     for record in records:  # the logged reward is the mean of the scored rollouts, masked ones left out
         scored = [reward for reward in by_step[record["step"]] if reward is not None]
         assert record["reward"] == pytest.approx(sum(scored) / len(scored), abs=1e-6)
@@ -75,7 +78,10 @@ def test_metrics_have_one_record_a_step_with_loss_and_reward(chain: tuple[Path, 
 
 def test_a_second_run_skips_what_is_finished_and_changes_nothing(chain: tuple[Path, str], places: list[str]) -> None:
     folder, _ = chain
-    before = {path: path.read_bytes() for path in [*folder.glob("rows/*.jsonl"), *folder.glob("adapter/*"), folder / "metrics.jsonl"]}
+    before = {
+        path: path.read_bytes()
+        for path in [*folder.glob("rows/*.jsonl"), *folder.glob("adapter/*"), folder / "metrics.jsonl"]
+    }
     started = time.monotonic()
     done = run_cli("notebooks/3_grpo_training.ipynb", SMOKE, "-p", "run_name=chain", *places)
     assert done.returncode == 0, done.stderr
@@ -84,7 +90,9 @@ def test_a_second_run_skips_what_is_finished_and_changes_nothing(chain: tuple[Pa
     assert time.monotonic() - started < 60
 
 
-def test_another_config_under_the_same_name_is_refused_with_what_differs(chain: tuple[Path, str], places: list[str]) -> None:
+def test_another_config_under_the_same_name_is_refused_with_what_differs(
+    chain: tuple[Path, str], places: list[str]
+) -> None:
     done = run_cli("all", SMOKE, "-p", "run_name=chain", "-p", "training.steps=5", *places)
     assert done.returncode == 2
     assert "training.steps was 4, now 5" in done.stderr and "Choose another run_name" in done.stderr
@@ -129,7 +137,9 @@ def same_result(one: Path, other: Path) -> None:
     assert lines(one / "metrics.jsonl") == lines(other / "metrics.jsonl")
 
 
-def test_training_killed_in_the_middle_resumes_bit_identical(unbroken: Path, workspace: Path, places: list[str], tmp_path: Path) -> None:
+def test_training_killed_in_the_middle_resumes_bit_identical(
+    unbroken: Path, workspace: Path, places: list[str], tmp_path: Path
+) -> None:
     folder = workspace / "outputs" / "killed"
     process = start_training("killed", places, tmp_path / "first.txt")
     wait_for(tmp_path / "first.txt", "step 3/6")
@@ -158,7 +168,9 @@ def test_a_killed_runner_lets_its_training_finish_the_step_and_the_next_run_goes
     same_result(unbroken, folder)
 
 
-def test_stopping_writes_a_checkpoint_and_says_how_to_go_on(workspace: Path, places: list[str], tmp_path: Path, chain: Any) -> None:
+def test_stopping_writes_a_checkpoint_and_says_how_to_go_on(
+    workspace: Path, places: list[str], tmp_path: Path, chain: Any
+) -> None:
     folder = workspace / "outputs" / "stopped"
     process = start_training("stopped", places, tmp_path / "first.txt")
     wait_for(tmp_path / "first.txt", "step 1/6")

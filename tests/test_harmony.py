@@ -38,7 +38,10 @@ def test_a_legacy_prompt_becomes_a_harmony_conversation(chat: Chat) -> None:
 @pytest.mark.parametrize(
     ("answer", "chosen"),
     [
-        ("<|channel|>analysis<|message|>[1] or [2]?<|end|><|start|>assistant<|channel|>final<|message|>so [0]<|return|>", 0.0),
+        (
+            "<|channel|>analysis<|message|>[1] or [2]<|end|><|start|>assistant<|channel|>final<|message|>[0]<|return|>",
+            0.0,
+        ),
         ("<|channel|>final<|message|>[3]<|return|>", 3.0),
         ("<|channel|>analysis<|message|>it must be [1]<|end|>", None),
         ("<|channel|>analysis<|message|>it must be [1]", None),
@@ -51,7 +54,12 @@ def test_only_a_finished_final_channel_answers(chat: Chat, answer: str, chosen: 
     task = load_task("decisions", tau=1.0, generate_rows=40)
     row = task.rows("train")[0]
     turn = chat.turn([1], output, None)
-    rollout = Rollout(row=row, messages=(*row["prompt"], turn.message), turns=(turn,), stop="length" if turn.stop == "length" else "done")
+    rollout = Rollout(
+        row=row,
+        messages=(*row["prompt"], turn.message),
+        turns=(turn,),
+        stop="length" if turn.stop == "length" else "done",
+    )
     score = score_one(task, rollout)
     assert score.parts.get("chosen") == chosen and score.masked == (chosen is None)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from lib import PROJECT_ROOT
 from lib.backends import local
-from lib.config import load_config
+from lib.config import load_config, parse_config
 from lib.prepare import prepare
 from lib.rollout import UnscoredLimitError
 from lib.runfolder import Run, open_run
@@ -53,7 +53,9 @@ def test_lora_settings_reach_the_adapter(chain: Any, workspace: Path) -> None:
     assert output is not None
     config = json.loads((output / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (4, 8, ["q_proj", "v_proj"])
-    assert {tensor.shape[0] for name, tensor in load_file(output / "adapter_model.safetensors").items() if "lora_A" in name} == {4}
+    assert {
+        tensor.shape[0] for name, tensor in load_file(output / "adapter_model.safetensors").items() if "lora_A" in name
+    } == {4}
 
 
 def test_completions_also_go_to_a_csv_when_asked(chain: Any, workspace: Path) -> None:
@@ -65,7 +67,9 @@ def test_completions_also_go_to_a_csv_when_asked(chain: Any, workspace: Path) ->
     assert [r["completion"] for r in records] == [r["completion"] for r in run.rollouts()]
 
 
-def test_prompts_over_the_limit_are_dropped_and_counted(chain: Any, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_over_the_limit_are_dropped_and_counted(
+    chain: Any, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(local.LocalError, match=r"all 600 prompts are longer than sampling.prompt_limit 5: raise it"):
         train("short", workspace, **{"sampling.prompt_limit": 5})
     assert "training: 0 rows, 600 dropped over sampling.prompt_limit 5 tokens" in capsys.readouterr().out
@@ -79,19 +83,27 @@ def score(text, row):
 """
 
 
-def test_a_scorer_that_breaks_stops_the_run_with_the_reasons_counted(chain: Any, workspace: Path, tmp_path: Path) -> None:
+def test_a_scorer_that_breaks_stops_the_run_with_the_reasons_counted(
+    chain: Any, workspace: Path, tmp_path: Path
+) -> None:
     (tmp_path / "flaky.py").write_text(FLAKY)
-    (tmp_path / "rows.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "hour {i}", "gold": "so [1]"}}\n' for i in range(40)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"id": "{i}", "prompt": "hour {i}", "gold": "so [1]"}}\n' for i in range(40))
+    )
     task = {"name": str(tmp_path / "flaky.py"), "path": str(tmp_path / "rows.jsonl")}
-    values = {"task": task, "model": {"name": str(next((workspace / "cache" / "starter").glob("starter-*")))}}
-    config_file = tmp_path / "flaky.yaml"
-    config_file.write_text(json.dumps({**values, "training": {"steps": 2, "batch": 16, "group_size": 4, "save_steps": 1},
-                                       "sampling": {"completion_limit": 8}, "paths": {"outputs": str(workspace / "outputs")}}))  # fmt: skip
-    config = load_config(config_file)
+    values: dict[str, Any] = {
+        "task": task,
+        "model": {"name": str(next((workspace / "cache" / "starter").glob("starter-*")))},
+    }
+    values["training"] = {"steps": 2, "batch": 16, "group_size": 4, "save_steps": 1}
+    values |= {"sampling": {"completion_limit": 8}, "paths": {"outputs": str(workspace / "outputs")}}
+    config = parse_config(values)
     run = open_run("flaky", config)
     loaded = load_task(config.task.name, **config.task.params)
     prepare(loaded, run)
-    with pytest.raises(UnscoredLimitError, match=r"step 1: \d+ of 16 rollouts could not be judged.*x ConnectionError: judge.example"):
+    with pytest.raises(
+        UnscoredLimitError, match=r"step 1: \d+ of 16 rollouts could not be judged.*x ConnectionError: judge.example"
+    ):
         local.train(config, loaded, run.read_rows("train"), run, NeverStop())
     tolerant = config.model_copy(update={"rewards": config.rewards.model_copy(update={"max_unscored": 1.0})})
     assert local.train(tolerant, loaded, run.read_rows("train"), run, NeverStop()) is not None
@@ -99,7 +111,9 @@ def test_a_scorer_that_breaks_stops_the_run_with_the_reasons_counted(chain: Any,
     assert 0 < run.metrics()[0]["rollouts/unscored"] <= 1
 
 
-def test_wandb_gets_the_metrics_offline(chain: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_gets_the_metrics_offline(
+    chain: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -112,24 +126,36 @@ def test_wandb_gets_the_metrics_offline(chain: Any, workspace: Path, monkeypatch
     assert list(tmp_path.rglob("*.wandb"))
 
 
-def test_running_out_of_memory_names_the_phase_the_peak_and_the_knobs(chain: Any, workspace: Path, places: list[str]) -> None:
+def test_running_out_of_memory_names_the_phase_the_peak_and_the_knobs(
+    chain: Any, workspace: Path, places: list[str]
+) -> None:
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (9 * 2**30, 9 * 2**30)); "
         "from lib.run import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["3_grpo_training", SMOKE, "-p", "run_name=memory", "-p", "training.batch=60000",
                  "-p", "training.group_size=3000", *places]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", limited, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 1
-    assert "out of memory while" in done.stderr and "training.batch down" in done.stderr and "goes on from step 0" in done.stderr
+    assert (
+        "out of memory while" in done.stderr
+        and "training.batch down" in done.stderr
+        and "goes on from step 0" in done.stderr
+    )
 
 
 def test_a_batch_of_more_prompts_than_rows_is_refused(chain: Any, workspace: Path) -> None:
-    with pytest.raises(local.LocalError, match="one sampling takes 1000 prompts .* only 600 rows: set training.batch to at most 2400"):
+    with pytest.raises(
+        local.LocalError, match=r"one sampling takes 1000 prompts .* only 600 rows: set training.batch to at most 2400"
+    ):
         train("few", workspace, **{"training.batch": 4000})
 
 
-def test_an_adapter_is_evaluated_without_an_earlier_run(chain: tuple[Path, str], workspace: Path, places: list[str], tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_without_an_earlier_run(
+    chain: tuple[Path, str], workspace: Path, places: list[str], tmp_path: Path
+) -> None:
     rows = (chain[0] / "rows" / "eval.jsonl").read_text().splitlines()[:12]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     base = next((workspace / "cache" / "starter").glob("starter-*"))
@@ -139,7 +165,10 @@ def test_an_adapter_is_evaluated_without_an_earlier_run(chain: tuple[Path, str],
         "-p", "evaluation.samples=2", "-p", "evaluation.temperature=0.7",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (workspace / "outputs/alone/evaluation/adapter-sampled.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (workspace / "outputs/alone/evaluation/adapter-sampled.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 24 and {r["row"] for r in records} == {json.loads(row)["id"] for row in rows}
 
 
@@ -151,5 +180,5 @@ def test_an_adapter_of_another_base_is_refused(chain: tuple[Path, str], workspac
     if not other.is_dir():
         train("full", workspace, **{"lora.enabled": False})
     model = models.load_model(str(other), config.model)
-    with pytest.raises(models.ModelError, match="was trained on .*: set model.name to its base"):
+    with pytest.raises(models.ModelError, match=r"was trained on .*: set model.name to its base"):
         models.load_adapter(model, str(chain[0] / "adapter"))

@@ -77,6 +77,9 @@ def figures(executed: Path) -> int:
     return sum("image/png" in output.get("data", {}) for cell in cells(executed) for output in cell["outputs"])
 
 
-@pytest.mark.parametrize(("stem", "least"), [("1_data_prep", 2), ("2_reward_inspection", 1), ("3_grpo_training", 2), ("4_adapter_evaluation", 3)])
+@pytest.mark.parametrize(
+    ("stem", "least"),
+    [("1_data_prep", 2), ("2_reward_inspection", 1), ("3_grpo_training", 2), ("4_adapter_evaluation", 3)],
+)
 def test_executed_notebooks_hold_their_figures(stem: str, least: int, chain: tuple[Path, str]) -> None:
     assert figures(chain[0] / "notebooks" / f"{stem}.ipynb") >= least

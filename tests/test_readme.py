@@ -68,7 +68,7 @@ async def test_the_reward_function_of_the_readme_is_a_task(tmp_path: Path) -> No
     (tmp_path / "my_reward.py").write_text(python_examples()[0])
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Tell me {i}"}}\n' for i in range(10)))
     (tmp_path / "mine.yaml").write_text(
-        f"task: {{name: {tmp_path}/my_reward.py, path: {tmp_path}/prompts.jsonl}}\ntraining: {{steps: 100, batch: 16}}\n"
+        f"task: {{name: {tmp_path}/my_reward.py, path: {tmp_path}/prompts.jsonl}}\ntraining: {{steps: 9, batch: 16}}\n"
     )
     config = load_config(tmp_path / "mine.yaml")
     task = load_task(config.task.name, **config.task.params)

@@ -63,7 +63,9 @@ def test_a_shipped_task_is_loaded_by_its_file_name() -> None:
 
 
 def test_an_unknown_name_gets_the_nearest_known_one() -> None:
-    with pytest.raises(TaskError, match=r"unknown task 'decision'\. Did you mean 'decisions'\? Known: .*\.py file of your own"):
+    with pytest.raises(
+        TaskError, match=r"unknown task 'decision'\. Did you mean 'decisions'\? Known: .*\.py file of your own"
+    ):
         load_task("decision")
 
 
@@ -74,7 +76,9 @@ def test_only_task_modules_can_be_named(name: str) -> None:
 
 
 def test_a_missing_file_is_named_with_the_place_it_was_looked_for() -> None:
-    with pytest.raises(TaskError, match=rf"task file not found: {PROJECT_ROOT}/nowhere/mine\.py\. Give a path relative to the project"):
+    with pytest.raises(
+        TaskError, match=rf"task file not found: {PROJECT_ROOT}/nowhere/mine\.py\. Give a path relative to the project"
+    ):
         load_task("nowhere/mine.py")
 
 
@@ -133,7 +137,9 @@ def test_a_field_that_is_no_number_is_refused(value: float) -> None:
         load_task("decisions", tau=value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG lib/task.py Task: no check that reward_range is ordered, nor that max_turns >= 1")
+@pytest.mark.xfail(
+    strict=True, reason="BUG lib/task.py Task: no check that reward_range is ordered, nor that max_turns >= 1"
+)
 @pytest.mark.parametrize("field", [{"reward_range": (1.0, 0.0)}, {"reward_range": (0.5, 0.5)}, {"max_turns": 0}])
 def test_an_impossible_range_or_number_of_turns_is_refused_at_load(tmp_path: Path, field: dict[str, Any]) -> None:
     with pytest.raises(TaskError):  # now: every single reward of the run is "outside the task's reward_range 1 to 0"
@@ -151,7 +157,9 @@ def test_a_plain_score_function_and_a_table_are_a_task(tmp_path: Path) -> None:
 
 
 def test_an_async_score_function_is_awaited(tmp_path: Path) -> None:
-    task = with_score(tmp_path, "import asyncio\nasync def score(text, row):\n    await asyncio.sleep(0)\n    return 0.25\n")
+    task = with_score(
+        tmp_path, "import asyncio\nasync def score(text, row):\n    await asyncio.sleep(0)\n    return 0.25\n"
+    )
     assert score_of(task, Rollout.of(task.rows("train")[0], "x")).reward == 0.25
 
 
@@ -193,7 +201,11 @@ def test_rollout_of_texts_has_one_turn_for_each() -> None:
 
 
 def test_rollout_of_messages_keeps_the_worlds_apart_from_the_policys() -> None:
-    call: Message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    call: Message = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}],
+    }
     result: Message = {"role": "tool", "content": "4"}
     rollout = Rollout.of(ROW, call, result, "It is 4.")
     assert [turn.message for turn in rollout.turns] == [call, {"role": "assistant", "content": "It is 4."}]
@@ -229,7 +241,9 @@ def test_notes_of_one_score_are_not_the_next_ones() -> None:
 
 
 def test_a_rollout_survives_the_way_to_another_process() -> None:
-    turn = Turn(message={"role": "assistant", "content": "é"}, prompt_ids=(1, 2), output_ids=(3,), logprobs=(-0.1,), policy=7)
+    turn = Turn(
+        message={"role": "assistant", "content": "é"}, prompt_ids=(1, 2), output_ids=(3,), logprobs=(-0.1,), policy=7
+    )
     rollout = Rollout(row=ROW, messages=(*ROW["prompt"], turn.message), turns=(turn,), stop="max_turns")
     assert Rollout.model_validate_json(rollout.model_dump_json()) == rollout
 
@@ -301,7 +315,9 @@ def test_an_empty_answer_to_a_shipped_task_scores_below_gold_or_not_at_all(name:
     for row in some_rows(task):
         empty = judged(task, row, "")
         gold = row.get("gold")
-        nothing_is_gold = bool(gold) and not any(message.get("content") or message.get("tool_calls") for message in gold)
+        nothing_is_gold = bool(gold) and not any(
+            message.get("content") or message.get("tool_calls") for message in gold
+        )
         if gold and not nothing_is_gold and empty.reward is not None and not empty.masked:
             best = judged(task, row, *gold)
             assert best.reward is not None and empty.reward < best.reward

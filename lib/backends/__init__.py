@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
 from lib.log import echo, start_logging
 from lib.runfolder import Run, exclusive, hash_file, read_run
@@ -37,11 +37,11 @@ Watch = Callable[[list[dict[str, Any]], bool], None]
 """Gets all metrics so far, and whether they are the last."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(WorkbenchError, RuntimeError):
     """Training stopped before its end and can be resumed; the message says where it stands."""
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(WorkbenchError, RuntimeError):
     """Training cannot go on as configured; the message says why and what to change."""
 
 
@@ -91,10 +91,9 @@ def train_child(folder: str) -> int:
         backend = importlib.import_module(f"lib.backends.{run.config.backend}")
         try:
             output: Path | None = backend.train(run.config, task, run.read_rows("train"), run, stop)
-        except Exception as error:
-            logger.debug("training failed", exc_info=True)
-            error_file.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            raise
+        except WorkbenchError as error:
+            error_file.write_text(str(error), encoding="utf-8")
+            return 1
         if output is None:
             return STOPPED
         run.end(STAGE, {"path": output.name, "steps": len(run.metrics())})

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lib import models
+from lib import WorkbenchError, models
 from lib.config import Config
 from lib.generate import Chat, batched
 from lib.rollout import Scored, check_unscored, collect, to_tokens
@@ -36,7 +36,7 @@ class StopSignal(Protocol):
     def requested(self) -> bool: ...
 
 
-class LocalError(RuntimeError):
+class LocalError(WorkbenchError, RuntimeError):
     """This machine cannot run the config; the message says what to change."""
 
 
@@ -60,7 +60,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if models.is_out_of_memory(error):
-            raise LocalError(models.out_of_memory_advice(trainer.phase)) from error
+            raise LocalError(models.out_of_memory_advice(trainer.phase, config)) from error
         raise
     if config.training.completions_csv:
         write_csv(run, config.training.completions_csv)
@@ -80,13 +80,13 @@ def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
 
 
 def _check_rows(config: Config, rows: int) -> None:
-    """TRL drops a last incomplete batch: with fewer rows than one sampling needs it would train on nothing, silently."""
+    """TRL drops an incomplete batch: with fewer rows than one sampling needs it would train on nothing, silently."""
     training = config.training
     prompts = training.batch * training.passes_per_generation // training.group_size
     if rows < prompts:
         raise LocalError(
-            f"one sampling takes {prompts} prompts (batch x steps_per_generation / group_size) and there are only {rows} "
-            f"rows: set training.batch to at most {rows * training.group_size // training.passes_per_generation}"
+            f"one sampling takes {prompts} prompts (batch x steps_per_generation / group_size) and there are only "
+            f"{rows} rows: set training.batch to at most {rows * training.group_size // training.passes_per_generation}"
         )
 
 
@@ -129,7 +129,9 @@ def to_batch(scored: Sequence[Scored], group: int) -> Batch:
     """Rollouts as TRL takes them; unscored and masked ones get reward None and an all-zero mask."""
     tokens = [to_tokens(s.rollout) for s in scored]
     rewards = [None if s.score.masked else s.score.reward for s in scored]
-    masks = [row.mask if reward is not None else [0] * len(row.mask) for row, reward in zip(tokens, rewards, strict=True)]
+    masks = [
+        row.mask if reward is not None else [0] * len(row.mask) for row, reward in zip(tokens, rewards, strict=True)
+    ]
     logprobs = [row.logprobs for row in tokens]
     return Batch(
         prompt_ids=[row.prompt_ids for row in tokens],
@@ -197,9 +199,13 @@ def _check_machine(config: Config) -> None:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus > 1:
-        raise LocalError(f"{gpus} GPUs are visible and the local backend uses one: set CUDA_VISIBLE_DEVICES=0, so none idles")
+        raise LocalError(
+            f"{gpus} GPUs are visible and the local backend uses one: set CUDA_VISIBLE_DEVICES=0, so none idles"
+        )
     if config.sampling.engine == "vllm" and not gpus:
-        raise LocalError("sampling.engine vllm needs a GPU in the local backend (TRL's weight sync is CUDA only): set it to hf")
+        raise LocalError(
+            "sampling.engine vllm needs a GPU in the local backend (TRL's weight sync is CUDA only): set it to hf"
+        )
     if config.model.liger and not gpus:
         raise LocalError("model.liger needs a GPU (its kernels are Triton): set it to false")
 
@@ -300,7 +306,9 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
             if not logs or "reward" not in logs:
                 return
             numbers = plain({name: value for name, value in logs.items() if not name.startswith("rewards/")})
-            run.append("metrics.jsonl", [{"step": state.global_step, "time": round(time.monotonic() - started, 3), **numbers}])
+            run.append(
+                "metrics.jsonl", [{"step": state.global_step, "time": round(time.monotonic() - started, 3), **numbers}]
+            )
             reward = "none" if numbers["reward"] is None else f"{numbers['reward']:.4f}"
             logger.info("step %d/%d loss %.4f reward %s", state.global_step, state.max_steps, numbers["loss"], reward)
 
