@@ -66,7 +66,7 @@ class StarterSection(Section):
     """The embedded toy policy: a small chat model built from the task's own rows (lib/starter.py)."""
 
     kind: Literal["qwen2", "qwen3"] = "qwen2"
-    steps: Count = 200
+    steps: Count = 300
     seed: int | None = None
     """None = the training seed."""
 

@@ -49,7 +49,7 @@ class Summary(NamedTuple):
     low: float
     high: float
     valid: float
-    """Share of scored answers that the task did not mask."""
+    """Share of judged answers that are valid: not masked, and by the task's own part `valid` where it has one."""
     reward_with_invalid: float
     """Mean with masked answers counted as the lowest reward."""
     unscored: int
@@ -122,7 +122,7 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
         reward=_mean(rewards),
         low=low,
         high=high,
-        valid=_mean([not record["masked"] for record in judged]),
+        valid=_mean([0.0 if record["masked"] else record["parts"].get("valid", 1.0) for record in judged]),
         reward_with_invalid=_mean(counted),
         unscored=len(records) - len(judged),
         parts={name: _mean([v for v in row_rewards(records, name).values() if v is not None]) for name in parts},

@@ -157,7 +157,8 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     if any("kl" in m for m in metrics):
         draw(flat[3], "Entropy and KL (nats a token)", ("kl", "KL to the base", RED))
     draw(flat[4], "Answer length (tokens)", ("completions/mean_length", "mean", BLUE))
-    draw(flat[5], "Left out", ("rollouts/masked", "masked by the task", ORANGE), ("rollouts/unscored", "unscored", RED))
+    masked, unscored = ("rollouts/masked", "masked by the task", ORANGE), ("rollouts/unscored", "unscored", RED)
+    draw(flat[5], "Valid, and left out", ("parts/valid", "valid", GREEN), masked, unscored)
     flat[5].set_ylim(-0.02, 1.02)
     for ax in flat:
         ax.set_xlabel("step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,13 @@ def shared() -> Path:
     return folder
 
 
-def run_cli(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m lib.run ...` as a user's shell would run it."""
     command = [sys.executable, "-m", "lib.run", *arguments]
-    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    env = os.environ | environment
+    return subprocess.run(
+        command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=timeout, check=False, env=env
+    )
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +44,37 @@ def places(workspace: Path) -> list[str]:
     return ["-p", f"paths.outputs={workspace / 'outputs'}", "-p", f"paths.cache={workspace / 'cache'}"]
 
 
+WITNESS = """
+import ipaddress, os, sys
+
+def witness(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    try:
+        if host in (None, "", "localhost") or ipaddress.ip_address(host).is_loopback:
+            return
+    except ValueError:
+        pass
+    with open(os.environ["WITNESS_FILE"], "a") as file:
+        file.write(f"{event} {host} by {sys.argv}\\n")
+
+sys.addaudithook(witness)
+"""
+
+
 @pytest.fixture(scope="session")
 def chain(workspace: Path, places: list[str]) -> tuple[Path, str]:
-    """The whole chain on the smoke config, run once from the command line: (run folder, what the terminal showed)."""
-    done = run_cli("all", SMOKE, "-p", "run_name=chain", *places)
+    """The whole chain on the smoke config, run once from the command line: (run folder, what the terminal showed).
+
+    A witness in every Python process of it notes each host beyond loopback that is looked up or connected to.
+    """
+    (workspace / "sitecustomize.py").write_text(WITNESS)
+    witness = {"PYTHONPATH": str(workspace), "WITNESS_FILE": str(workspace / "hosts.txt")}
+    done = run_cli("all", SMOKE, "-p", "run_name=chain", *places, **witness)
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace / "outputs" / "chain", done.stdout

@@ -76,6 +76,15 @@ def test_metrics_have_one_record_a_step_with_loss_and_reward(chain: tuple[Path, 
         assert record["reward"] == pytest.approx(sum(scored) / len(scored), abs=1e-6)
 
 
+def test_a_default_run_reaches_no_host_beyond_loopback(chain: tuple[Path, str], workspace: Path) -> None:
+    look_up = "import socket; socket.getaddrinfo('workbench.invalid', 80)"
+    environment = os.environ | {"PYTHONPATH": str(workspace), "WITNESS_FILE": str(workspace / "proof.txt")}
+    subprocess.run([sys.executable, "-c", look_up], env=environment, capture_output=True, check=False)
+    assert "workbench.invalid" in (workspace / "proof.txt").read_text()  # the witness sees what it should
+    seen = workspace / "hosts.txt"
+    assert not seen.exists(), seen.read_text()
+
+
 def test_a_second_run_skips_what_is_finished_and_changes_nothing(chain: tuple[Path, str], places: list[str]) -> None:
     folder, _ = chain
     before = {

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_MANY_MASKED = 0.2
+
+
 class StopSignal(Protocol):
     def requested(self) -> bool: ...
 
@@ -103,6 +106,7 @@ class RolloutSource:
         self.config, self.task, self.rows, self.chat, self.run = config, task, rows, chat, run
         self.passes_before: int | None = None
         """Forward-backward passes of earlier processes: TRL counts from 0 again after a resume."""
+        self.warned = False
 
     def __call__(self, trainer: Any, indices: list[Any]) -> Batch:
         self.chat.end_ids = frozenset(trainer.eos_token_ids)
@@ -121,8 +125,22 @@ class RolloutSource:
         if self.passes_before is None:
             self.passes_before = trainer.state.global_step * self.config.training.accumulation
         micro_step = self.passes_before + trainer._step
+        self._warn_of_masked(scored, step)
         self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
         return to_batch(scored, group)
+
+
+    def _warn_of_masked(self, scored: Sequence[Scored], step: int) -> None:
+        """Say it once: masked answers have no gradient, so a policy that drifts into them is not pushed back."""
+        share = sum(s.score.masked for s in scored) / len(scored)
+        if share > _MANY_MASKED and not self.warned:
+            self.warned = True
+            logger.warning(
+                "step %d: %.0f%% of the answers are masked by the task as invalid, and nothing pushes the policy back "
+                "from them: score them low instead (task.on_invalid: zero, say), or raise training.beta",
+                step,
+                100 * share,
+            )
 
 
 def to_batch(scored: Sequence[Scored], group: int) -> Batch:
