@@ -6,6 +6,7 @@ from machine import Others
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class Others:
         if stat.is_file():
             user, nice, system, _idle, _wait, irq, softirq = map(int, stat.read_text().split(maxsplit=8)[1:8])
             busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        times = os.times()
-        return time.monotonic(), busy, times.user + times.system + times.children_user + times.children_system
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return time.monotonic(), busy, sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def shown(cores: float) -> str:

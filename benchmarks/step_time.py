@@ -114,7 +114,6 @@ def train_plain(run: Run, folder: Path) -> Result:
             epsilon=training.clip_low,
             epsilon_high=training.clip_high,
             scale_rewards=training.reward_scaling,
-            entropy_coef=training.entropy_bonus,
             max_completion_length=sampling.completion_limit,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -215,7 +214,9 @@ def run_pair(run: Run, folder: Path, number: int) -> Pair:
         own = open_run("run", config)
         (own.path("rows", "train.jsonl")).symlink_to(run.path("rows", "train.jsonl"))
         turns[name], theirs = context.Pipe()
-        processes[name] = context.Process(target=side_main, args=(name, str(own.folder), str(place), theirs))
+        processes[name] = context.Process(
+            target=side_main, args=(name, str(own.folder), str(place), theirs), daemon=True
+        )
         processes[name].start()
         theirs.close()
 

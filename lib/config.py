@@ -7,6 +7,8 @@ Owns names, defaults and impossible combinations. Must not know any implementati
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -121,7 +123,6 @@ class TrainingSection(Section):
     clip_high: Positive | None = None
     """None = the same as clip_low."""
     reward_scaling: Literal["group", "batch", "none"] = "group"
-    entropy_bonus: float = 0.0
     save_steps: Count = 100
     seed: int = 0
     completions_csv: str | None = None
@@ -159,7 +160,7 @@ class TrainingSection(Section):
             raise ValueError(
                 f"save_steps {self.save_steps} falls inside a generation (one sampling feeds {window} passes, one step "
                 f"takes {self.accumulation}): a resumed run would differ. Set save_steps to a multiple of "
-                f"{max(1, window // self.accumulation)}"
+                f"{window // math.gcd(window, self.accumulation)}"
             )
         return self
 
@@ -240,14 +241,15 @@ class Config(Section):
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """defaults < YAML file < overrides (`{"training.steps": 2}` or nested). Raises ConfigError."""
-    if isinstance(overrides, str):
+    if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(
-            f"overrides must be a mapping, not the text {overrides!r}. With plain papermill: "
+            f"overrides must be a mapping, not {'the text ' * isinstance(overrides, str)}{overrides!r}. "
+            f"With plain papermill: "
             f"-y 'overrides: {{training.steps: 2}}'"
         )
     values = _read_yaml(resolve_path(path))
     for key, value in (overrides or {}).items():
-        _set(values, str(key).split("."), value)
+        _set(values, str(key).split("."), copy.deepcopy(value))
     return parse_config(values, where=str(path))
 
 
@@ -273,9 +275,34 @@ def check_key(key: str) -> None:
             return
         known = {field.alias or name: field for name, field in model.model_fields.items()}
         if part not in known:
-            raise ConfigError(f"unknown parameter {key!r}.{nearest(part, list(known))}")
+            everywhere = {key.rsplit(".", 1)[-1]: key for key in known_keys()}
+            hint = f" Did you mean {everywhere[key]!r}?" if key in everywhere else nearest(part, list(known))
+            raise ConfigError(f"unknown parameter {key!r}.{hint}")
         inner = known[part].annotation
         model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else BaseModel
+
+
+def known_keys() -> list[str]:
+    """Every config key by its dotted name, task fields apart."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section) and inner is not TaskSection:
+            keys += [f"{name}.{leaf}" for leaf in inner.model_fields]
+        else:
+            keys.append(field.alias or name)
+    return keys
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where PyYAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice, line {node.start_mark.line + 1} and after")
+        return dict(super().construct_mapping(node, deep=deep))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -283,12 +310,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").rglob("*.yaml"))
         raise ConfigError(f"config not found: {path}.{nearest(path.name, known)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with at least `task: {{name: ...}}`")
-    return values
+    # A section whose keys are all commented out reads as nothing: it means its defaults.
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _set(values: dict[str, Any], parts: list[str], value: Any) -> None:

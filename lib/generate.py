@@ -55,19 +55,26 @@ class Chat:
         previous = request.previous
         if previous is None or previous.prompt_ids is None or previous.output_ids is None:
             return self.prompt_ids(request.messages, request.tools)
-        last_turn = max(i for i, message in enumerate(request.messages) if message["role"] == "assistant")
-        before = self.text(request.messages[: last_turn + 1], request.tools, answer=False)
+        own = max(i for i, message in enumerate(request.messages) if message == previous.message)
+        asked = self.text(request.messages[:own], request.tools)
+        before = self.text(request.messages[: own + 1], request.tools, answer=False)
         after = self.text(request.messages, request.tools)
-        # What the template puts after the end token (a newline, say) was not sampled, so it opens the suffix.
-        end = str(self.tokenizer.decode([previous.output_ids[-1]]))
-        if end not in before or not after.startswith(before):
+        # What the template puts after the end token (a newline, say) was not sampled, so it opens the suffix. The
+        # policy may have ended with another of its end tokens than the template writes: what was sampled stays.
+        end = max(
+            (before.rfind(text, len(asked)) + len(text) for text in self._end_texts() if text in before), default=0
+        )
+        if end <= len(asked) or not before.startswith(asked) or not after.startswith(before):
             raise ValueError(
                 "the chat template rewrites earlier turns, or their end token, when a message is added, so the sampled "
                 "tokens cannot be kept. Use a template whose longer conversations begin with the shorter ones."
             )
-        suffix = before[before.rindex(end) + len(end) :] + after[len(before) :]
+        suffix = before[end:] + after[len(before) :]
         tokens = self.tokenizer.encode(suffix, add_special_tokens=False)
         return [*previous.prompt_ids, *previous.output_ids, *tokens]
+
+    def _end_texts(self) -> list[str]:
+        return [str(self.tokenizer.decode([token])) for token in self.end_ids]
 
     def turn(self, prompt: list[int], output: list[int], logprobs: list[float] | None) -> Turn:
         """A Turn from sampled ids: content, and thinking or tool calls where the tokenizer can tell them apart."""

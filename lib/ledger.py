@@ -11,13 +11,19 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lib import WorkbenchError
 
+Verdict = Literal["pass", "fail", "unknown"]
+
 APPLICATION_ID = 0x47525042  # "GRPB": tells our files from anybody else's SQLite
+_PATIENCE = 30.0
+"""Seconds to wait for other writers."""
+
 _TABLE = """CREATE TABLE IF NOT EXISTS verdicts
     (key TEXT PRIMARY KEY, verdict TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID"""
 
@@ -32,49 +38,69 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._local = threading.local()
-        self._connection()
+        self._execute("SELECT 1")
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record under a key, or None."""
-        found = self._connection().execute("SELECT record FROM verdicts WHERE key = ?", (key,)).fetchone()
+        found = self._execute("SELECT record FROM verdicts WHERE key = ?", key).fetchone()
         return None if found is None else dict(json.loads(found[0]))
 
-    def put(self, key: str, verdict: str, record: Mapping[str, Any]) -> None:
-        """Keep a verdict (pass, fail or unknown) with its record. The first known one stays; unknown is replaced."""
+    def put(self, key: str, verdict: Verdict, record: Mapping[str, Any]) -> None:
+        """Keep a verdict with its record. The first known one stays; an unknown one is replaced."""
+        if verdict not in get_args(Verdict):
+            raise ValueError(f"verdict {verdict!r}: one of {', '.join(get_args(Verdict))}")
         text = json.dumps({**record, "verdict": verdict}, allow_nan=False)
-        self._connection().execute(
+        self._execute(
             "INSERT INTO verdicts VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE "
             "SET verdict = excluded.verdict, record = excluded.record WHERE verdicts.verdict = 'unknown'",
-            (key, verdict, text),
+            key,
+            verdict,
+            text,
         )
 
     def __len__(self) -> int:
-        return int(self._connection().execute("SELECT count(*) FROM verdicts").fetchone()[0])
+        return int(self._execute("SELECT count(*) FROM verdicts").fetchone()[0])
 
-    def _connection(self) -> sqlite3.Connection:
+    def _execute(self, statement: str, *values: str) -> sqlite3.Cursor:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._open()
-        return connection
-
-    def _open(self) -> sqlite3.Connection:
         try:
-            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            owner = connection.execute("PRAGMA application_id").fetchone()[0]
-            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if owner != APPLICATION_ID and (owner or tables):
-                raise LedgerError(
-                    f"{self.path} is an SQLite file of another program: give the ledger a path of its own"
-                )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(_TABLE)
+            if connection is None:
+                connection = self._local.connection = self._open()
+            return connection.execute(statement, values)
         except sqlite3.DatabaseError as error:
             raise LedgerError(
                 f"{self.path} cannot be read as a ledger ({error}): move it away, or restore a copy"
             ) from error
+
+    def _open(self) -> sqlite3.Connection:
+        """A connection of this thread. Whose file it is, is looked at and settled in one transaction."""
+        connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        owner = connection.execute("PRAGMA application_id").fetchone()[0]
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if owner != APPLICATION_ID and (owner or tables):
+            connection.close()
+            raise LedgerError(f"{self.path} is an SQLite file of another program: give the ledger a path of its own")
+        if not tables:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(_TABLE)
+        connection.execute("COMMIT")
+        _switch_to_wal(connection)
+        connection.execute("PRAGMA synchronous = NORMAL")
         return connection
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait for others when it changes the journal: wait here."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def content_key(*parts: str) -> str:

@@ -20,9 +20,10 @@ _SHORTEST_SECRET = 8
 
 def scrub(text: str) -> str:
     """The text with the value of every secret-looking environment variable replaced by its name."""
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
-            text = text.replace(value, f"<{name}>")
+    secrets = {value: name for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    for value in sorted(secrets, key=len, reverse=True):  # one secret may begin with another
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, f"<{secrets[value]}>")
     return text
 
 

@@ -9,7 +9,7 @@ scored answer: {row, category, answer, reward, masked, parts, ...}. Must not kno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Gain(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero; one row alone shows nothing."""
+        return self.n > 1 and (self.low > 0 or self.high < 0)
 
 
 class Summary(NamedTuple):
@@ -114,7 +114,8 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
     rewards = [value for value in row_rewards(records).values() if value is not None]
     low, high = interval(np.asarray(rewards), seed) if rewards else (math.nan, math.nan)
     judged = [record for record in records if record["reward"] is not None or record["masked"]]
-    counted = [lowest if record["masked"] else record["reward"] for record in judged]
+    counted = _by_row(judged, lambda record: lowest if record["masked"] else record["reward"])
+    valid = _by_row(judged, lambda record: 0.0 if record["masked"] else record["parts"].get("valid", 1.0))
     parts = sorted({name for record in records for name in record["parts"]})
     return Summary(
         policy=policy,
@@ -122,8 +123,8 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
         reward=_mean(rewards),
         low=low,
         high=high,
-        valid=_mean([0.0 if record["masked"] else record["parts"].get("valid", 1.0) for record in judged]),
-        reward_with_invalid=_mean(counted),
+        valid=_mean(list(valid.values())),
+        reward_with_invalid=_mean(list(counted.values())),
         unscored=len(records) - len(judged),
         parts={name: _mean([v for v in row_rewards(records, name).values() if v is not None]) for name in parts},
     )
@@ -147,19 +148,38 @@ def by_category(
 def most_changed(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], count: int = 20
 ) -> list[dict[str, Any]]:
-    """The answers whose reward changed most, both ways, largest change first."""
+    """The rows whose reward changed most, both ways, largest change first, each with its first scored answers."""
+    first, second = _scored(before), _scored(after)
+    old, new = row_rewards(before), row_rewards(after)
     pairs = [
         {
-            "row": a["row"],
-            "prompt": a["prompt"],
-            "before": a["answer"],
-            "after": b["answer"],
-            "change": b["reward"] - a["reward"],
+            "row": row,
+            "prompt": first[row]["prompt"],
+            "before": first[row]["answer"],
+            "after": second[row]["answer"],
+            "change": (new[row] or 0.0) - (old[row] or 0.0),
         }
-        for a, b in zip(before, after, strict=True)
-        if a["reward"] is not None and b["reward"] is not None
+        for row in first
+        if row in second
     ]
     return sorted(pairs, key=lambda pair: -abs(pair["change"]))[:count]
+
+
+def _scored(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The first scored record of every row that has one."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        if record["reward"] is not None and not record["masked"]:
+            found.setdefault(record["row"], record)
+    return found
+
+
+def _by_row(records: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[str, float]:
+    """One number per row: the mean of `value` over its records."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        values.setdefault(record["row"], []).append(value(record))
+    return {row: _mean(some) for row, some in values.items()}
 
 
 def _blocks(rows: int) -> list[int]:

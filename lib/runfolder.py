@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import SCHEMA, Config, parse_config, resolve_path
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 LOGS = ("rollouts.jsonl", "metrics.jsonl")
 """Append-only files that a resumed training cuts back to its checkpoint."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class RunError(WorkbenchError, RuntimeError):
@@ -92,12 +92,7 @@ class Run:
         path = self.folder / "rollouts.jsonl"
         if not last or not path.is_file():
             return list(read_lines(path))
-        window = last * 4096
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - window))
-            lines = file.read().decode("utf-8", "replace").splitlines()[1 if size > window else 0 :]
-        return [json.loads(line) for line in lines[-last:]]
+        return [json.loads(line) for line in _last_lines(path, last)]
 
     def log_sizes(self) -> dict[str, int]:
         """Bytes of each log now; a checkpoint keeps them so that a resume can cut back to it."""
@@ -198,14 +193,14 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
     """
     name = name or default_name(default)
     if not _NAME.fullmatch(name) or ".." in name:
-        raise RunError(f"run_name {name!r} is not usable: letters, digits, '.', '_' and '-' only, no slashes, no '..'")
+        raise RunError(f"run_name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100, no '..'")
     folder = resolve_path(config.paths.outputs) / name
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, config)
     existing = folder / "config.json"
     if existing.is_file():
-        _check_schema(json.loads(existing.read_text()), existing)
+        _check_schema(_read_json(existing), existing)
         run.check_config()
     write_json(existing, config.as_json())
     start_logging(folder / "log.txt")
@@ -215,9 +210,12 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
 
 def default_name(config_path: str | Path) -> str:
     """A run's name from its config's path: configs/smoke/decisions.yaml -> smoke-decisions."""
+    if not str(config_path):
+        raise RunError("the run has no name: give run_name, or the config that it should be named after")
     path = resolve_path(config_path).with_suffix("")
     configs = PROJECT_ROOT / "configs"
-    return "-".join(path.relative_to(configs).parts) if path.is_relative_to(configs) else path.name
+    name = "-".join(path.relative_to(configs).parts) if path.is_relative_to(configs) else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
 
 
 def read_run(folder: str | Path) -> Run:
@@ -226,7 +224,7 @@ def read_run(folder: str | Path) -> Run:
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(f"{folder} is not a run folder: it has no config.json")
-    values = json.loads(path.read_text())
+    values = _read_json(path)
     _check_schema(values, path)
     return Run(folder, parse_config(values, where=str(path)))
 
@@ -236,7 +234,7 @@ def hash_file(path: Path) -> str:
     digest = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode())
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -275,6 +273,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def _last_lines(path: Path, count: int) -> list[bytes]:
+    """The last whole lines of a file, from ever larger windows at its end."""
+    window = count * 2048
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        while True:
+            file.seek(max(0, size - window))
+            lines = file.read(size).split(b"\n")[:-1]  # what follows the last line end is still being written
+            if window >= size:
+                return lines[-count:]
+            if len(lines) > count:  # the first one may be cut off
+                return lines[-count:]
+            window *= 4
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     with atomic_file(path) as file:
@@ -282,7 +295,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, newline: str | None = None) -> Iterator[Any]:
+def atomic_file(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file that appears under its name only once it is complete and on disk."""
     with clear_errors(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -305,11 +318,14 @@ def clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        named = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if named and not (named.is_relative_to(path.parent) or path.is_relative_to(named)):
+            raise  # it is about another file: of whoever feeds this one
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "the disk is full: free some space and run the same command again, it goes on from here"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "no permission to write there: set paths.outputs to a folder that you may write"
-        elif isinstance(error, (FileExistsError, NotADirectoryError)):
+        elif isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             hint = "a file is in the way: move it, or set paths.outputs to another folder"
         else:
             raise
@@ -337,6 +353,13 @@ def exclusive(path: Path, wait: float = 20.0) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): restore it, or choose another run_name") from None
 
 
 def _check_schema(values: Mapping[str, Any], path: Path) -> None:

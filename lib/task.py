@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib import PROJECT_ROOT, WorkbenchError
 
@@ -89,8 +89,15 @@ class Task(BaseModel, frozen=True, extra="forbid"):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    max_turns: int = 1
+    max_turns: int = Field(1, ge=1)
     reward_range: tuple[float, float] = (0.0, 1.0)
+
+    @field_validator("reward_range")
+    @classmethod
+    def _ordered(cls, limits: tuple[float, float]) -> tuple[float, float]:
+        if limits[0] >= limits[1]:
+            raise ValueError("the lowest reward must be below the highest")
+        return limits
 
     def rows(self, split: Split) -> Sequence[Row]:
         """The rows of a split, in the same order every time; may read lazily."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from trl import GRPOTrainer
 
+ROW_MEANS = ("grpo", "dr_grpo", "luspo")
+"""Loss types that average over sequences: a row left out would count there as a zero, so the mean is scaled up again."""
+
 REWARD = "reward_value"
 """The extra column that carries finished rewards through TRL to its reward function."""
 
@@ -53,11 +56,13 @@ def make_trainer_class() -> type[GRPOTrainer]:
     from trl import GRPOTrainer
 
     class RolloutTrainer(GRPOTrainer):
-        """Overrides generation only, and leaves rows without a single trained token out of the loss."""
+        """Overrides generation only, and keeps rows without a single trained token out of the loss's mean."""
 
         source: Source
         phase = "starting"
         """What it is doing, for the message when memory runs out: sampling or loss."""
+        left_out_scale = 1.0
+        """Rows of the generation batch over those with a trained token: see ROW_MEANS."""
 
         def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
             self.phase = "sampling"
@@ -66,6 +71,8 @@ def make_trainer_class() -> type[GRPOTrainer]:
             for name, value in batch.metrics.items():
                 self._metrics["train"][name].append(value)
             self.phase = "loss"
+            kept = sum(any(mask) for mask in batch.mask)
+            self.left_out_scale = len(batch.mask) / kept if kept else 1.0
             plain = all(all(mask) for mask in batch.mask)
             texts = [""] * len(prompts)
             extra = {REWARD: batch.rewards}
@@ -81,20 +88,8 @@ def make_trainer_class() -> type[GRPOTrainer]:
             )
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-            return super()._compute_loss(model, _without_masked_rows(inputs))  # type: ignore[no-any-return, no-untyped-call]
-
-    def _without_masked_rows(inputs: dict[str, Any]) -> dict[str, Any]:
-        # Loss types that average over sequences (grpo, dr_grpo, luspo) would count an all-masked row as a zero.
-        if "tool_mask" not in inputs:
-            return inputs
-        keep = (inputs["completion_mask"] * inputs["tool_mask"]).sum(-1) > 0
-        if keep.all() or not keep.any():
-            return inputs
-        rows = keep.size(0)
-        return {
-            name: value[keep] if torch.is_tensor(value) and value.dim() and value.size(0) == rows else value
-            for name, value in inputs.items()
-        }
+            loss: torch.Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
+            return loss * self.left_out_scale if self.loss_type in ROW_MEANS else loss
 
     return RolloutTrainer
 
@@ -104,7 +99,9 @@ def _log_lengths(trainer: Any, batch: Batch) -> None:
     import torch
 
     device = trainer.accelerator.device
-    lengths = torch.tensor([sum(mask) for mask in batch.mask], device=device, dtype=torch.float32)
+    # A rollout left out of training has an all-zero mask, but it was sampled all the same.
+    sampled = [sum(mask) or len(mask) for mask in batch.mask]
+    lengths = torch.tensor(sampled, device=device, dtype=torch.float32)
     ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
     cut = torch.tensor([ids[-1] not in ends for ids in batch.output_ids], device=device, dtype=torch.float32)
     prompts = torch.tensor([len(ids) for ids in batch.prompt_ids], device=device)

@@ -128,11 +128,6 @@ def test_a_missing_file_names_the_known_ones(name: str) -> None:
         load_config(name)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UnicodeDecodeError,
-    reason="BUG lib/config.py _read_yaml: a Latin-1 file ends in a bare UnicodeDecodeError",
-)
 def test_a_file_that_is_not_utf8_is_told_in_words(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes("task: {name: decisions} # für später\n".encode("latin-1"))
@@ -140,21 +135,12 @@ def test_a_file_that_is_not_utf8_is_told_in_words(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/config.py _read_yaml: PyYAML keeps the last of two equal keys, the first is lost without a word",
-)
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path = file(tmp_path, "task: {name: decisions}\ntraining:\n  steps: 3\ntraining:\n  batch: 16\n")
     with pytest.raises(ConfigError, match="training"):
         load_config(path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ConfigError,
-    reason="BUG lib/config.py: a section whose keys are all commented out is None, and refused",
-)
 def test_a_section_without_keys_means_its_defaults(tmp_path: Path) -> None:
     path = file(tmp_path, "task: {name: decisions}\ntraining:\n  # steps: 3\n")
     assert load_config(path, {"training.batch": 16}).training.batch == 16
@@ -223,11 +209,6 @@ def test_the_advised_batch_is_accepted() -> None:
             )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG lib/config.py _groups_fit: the advice is window // accumulation; right is window // gcd(window, accumulation)",
-)
 def test_the_advised_save_steps_are_accepted() -> None:
     for values in sweep():
         multiple = advice(values, r"Set save_steps to a multiple of (\d+)")
@@ -284,19 +265,11 @@ def test_overrides_given_as_text_are_refused_with_papermills_line(tmp_path: Path
         load_config(path, "{training.steps: 2}")  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="BUG lib/config.py load_config: a list ends in a bare AttributeError"
-)
 def test_overrides_given_as_a_list_are_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overrides must be a mapping"):
         load_config(file(tmp_path, "task: {name: decisions}\n"), ["training.steps=2"])  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG lib/config.py _set: a nested override becomes the tree itself, and is then written into",
-)
 def test_the_callers_overrides_stay_as_they_were(tmp_path: Path) -> None:
     overrides = {"training": {"steps": 2}, "training.batch": 16}
     before = copy.deepcopy(overrides)
@@ -362,11 +335,6 @@ def test_an_unknown_key_gets_the_nearest_one(key: str, told: str) -> None:
         check_key(key)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG lib/config.py check_key: a leaf of another section is not suggested, only section names",
-)
 def test_a_key_without_its_section_is_found_in_the_tree() -> None:
     with pytest.raises(ConfigError) as caught:
         check_key("learning_rate")

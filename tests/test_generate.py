@@ -19,11 +19,14 @@ from lib.task import Message, Rollout, Row, Score, Task, Turn
 TEXTS = ["system\n", "user\n", "assistant\n", "what is two plus three?", "it is five", "yes", "no, try again", "tool\n"]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
-NO_NEWLINE = "{%- for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+NO_NEWLINE = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"""
 
 DROPS_THINKING = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}
+{%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}
+{%- else %}{{ m.content }}{% endif %}
 {{- '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
@@ -78,7 +81,9 @@ def played(chat: Chat, *texts: str) -> tuple[list[Message], Turn]:
 @pytest.mark.parametrize("tools", [None, [], TOOLS])
 def test_prompt_ids_are_those_of_the_chat_template(chat: Chat, tools: Any) -> None:
     messages = [{"role": "system", "content": "be brief"}, user("what is two plus three?"), user("\n  é ☃ ")]
-    expected = chat.tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, return_dict=False)
+    expected = chat.tokenizer.apply_chat_template(
+        messages, tools=tools or None, add_generation_prompt=True, return_dict=False
+    )
     assert chat.prompt_ids(messages, tools) == list(expected)
     assert chat.prompt_ids(messages, tools) == chat.tokenizer(chat.text(messages, tools))["input_ids"]
 
@@ -142,7 +147,9 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("texts", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 @pytest.mark.parametrize("template", ["starter", "no newline"])
-def test_a_continued_conversation_is_the_whole_conversation_rendered(tokenizer: Any, texts: tuple[str, ...], template: str) -> None:
+def test_a_continued_conversation_is_the_whole_conversation_rendered(
+    tokenizer: Any, texts: tuple[str, ...], template: str
+) -> None:
     chat = Chat(tokenizer) if template == "starter" else with_template(tokenizer, NO_NEWLINE)
     messages, turn = played(chat, *texts)
     messages = messages if messages[-1]["role"] == "user" else [*messages, user("yes")]
@@ -165,7 +172,9 @@ def test_sampled_ids_are_kept_even_where_the_tokenizer_would_write_them_otherwis
 
 def test_only_the_suffix_is_rendered_and_it_starts_after_the_end_token(chat: Chat) -> None:
     messages, turn = played(chat, "yes", "no")
-    suffix = chat.continued_ids(Request([*messages, user("yes")], None, turn))[len(turn.prompt_ids or ()) + len(turn.output_ids or ()) :]
+    suffix = chat.continued_ids(Request([*messages, user("yes")], None, turn))[
+        len(turn.prompt_ids or ()) + len(turn.output_ids or ()) :
+    ]
     assert chat.tokenizer.decode(suffix) == "\n<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -179,16 +188,12 @@ def test_several_messages_of_the_world_are_appended_in_order(chat: Chat) -> None
 def test_a_template_that_rewrites_history_is_refused_with_the_fix(tokenizer: Any, template: str) -> None:
     chat = with_template(tokenizer, template)
     messages, turn = played(chat, "yes", "<think>no</think>it is five")
-    with pytest.raises(ValueError, match="rewrites earlier turns.*Use a template whose longer conversations begin with the shorter"):
+    with pytest.raises(
+        ValueError, match=r"rewrites earlier turns.*Use a template whose longer conversations begin with the shorter"
+    ):
         chat.continued_ids(Request([*messages, user("yes")], None, turn))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="BUG lib/generate.py continued_ids: looks for the sampled end token in the template's text, so a policy that ends "
-    "one answer with its other end token (<|endoftext|>) stops the whole run, blamed on the template",
-)
 def test_an_answer_that_ended_with_the_other_end_token_can_be_continued(tokenizer: Any) -> None:
     chat = Chat(tokenizer, [tokenizer.eos_token_id, tokenizer.pad_token_id])
     prompt = chat.prompt_ids([user("yes")])
@@ -197,15 +202,12 @@ def test_an_answer_that_ended_with_the_other_end_token_can_be_continued(tokenize
     assert turn.stop == "stop"
     ids = chat.continued_ids(Request([user("yes"), turn.message, user("yes")], None, turn))
     assert ids[: len(prompt) + len(sampled)] == prompt + sampled
-    assert tokenizer.decode(ids[len(prompt) + len(sampled) :]) == "\n<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(ids[len(prompt) + len(sampled) :])
+        == "\n<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG lib/generate.py continued_ids: takes the last assistant message for the policy's own, so what the world says as "
-    "assistant never reaches the tokens (compare with request.previous.message)",
-)
 def test_a_world_that_speaks_as_assistant_is_heard(chat: Chat) -> None:
     messages, turn = played(chat, "yes", "no")
     longer = [*messages, user("no, try again"), {"role": "assistant", "content": "it is five"}, user("yes")]
@@ -247,8 +249,16 @@ def test_a_sampler_that_loses_an_answer_is_an_error(chat: Chat) -> None:
 
 def tiny_model(tokenizer: Any) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, **shape))
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, **shape)
+    )
     model.generation_config = GenerationConfig()
     return model.double().eval()  # type: ignore[no-any-return]
 
@@ -265,7 +275,9 @@ def sampled(
     model: Any, chat: Chat, batch: int, limit: int = 12, greedy: bool = True, temperature: float = 1.0
 ) -> list[list[int]]:
     settings = EvaluationSection(batch=batch, temperature=temperature)
-    outputs, logprobs = local_sample(model, chat, settings, limit, greedy)([chat.prompt_ids([user(text)]) for text in PROMPTS])
+    outputs, logprobs = local_sample(model, chat, settings, limit, greedy)(
+        [chat.prompt_ids([user(text)]) for text in PROMPTS]
+    )
     assert logprobs is None
     return outputs
 

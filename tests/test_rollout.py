@@ -80,7 +80,9 @@ class Policy:
         previous = request.previous
         prompt = (1,) if previous is None else (*(previous.prompt_ids or ()), *(previous.output_ids or ()), 9)
         text = f"{request.messages[0]['content']} turn {(len(request.messages) + 1) // 2}"
-        return Turn(message={"role": "assistant", "content": text}, prompt_ids=prompt, output_ids=(5, 6), logprobs=(-1.0, -2.0))
+        return Turn(
+            message={"role": "assistant", "content": text}, prompt_ids=prompt, output_ids=(5, 6), logprobs=(-1.0, -2.0)
+        )
 
 
 def row(identity: object, **values: Any) -> Row:
@@ -214,7 +216,9 @@ def test_a_cut_off_answer_ends_the_rollout_and_the_world_is_not_asked() -> None:
 
 
 def test_scripted_replies_play_a_row() -> None:
-    rollout = asyncio.run(run_rollout(World(), row("a", turns=3), scripted("one", {"role": "assistant", "content": "two"})))
+    rollout = asyncio.run(
+        run_rollout(World(), row("a", turns=3), scripted("one", {"role": "assistant", "content": "two"}))
+    )
     assert [turn.message["content"] for turn in rollout.turns] == ["one", "two", "one"]
 
 
@@ -235,22 +239,12 @@ def test_a_world_that_breaks_leaves_its_row_unscored_and_the_others_go_on() -> N
     assert [len(s.rollout.turns) for s in (scored[0], scored[2])] == [3, 3]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="BUG lib/rollout.py _play: the turn is yielded after task.reply, so one whose reply breaks is lost",
-)
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_world_that_breaks_leaves_the_turns_that_were_sampled(turn: int) -> None:
     (scored,) = collect(World(), [row(0, turns=3, breaks_after=turn)], Policy())
     assert len(scored.rollout.turns) == turn
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=IndexError,
-    reason="BUG lib/rollout.py _play, to_tokens: a rollout whose first reply breaks has no turn, and ends the whole training",
-)
 def test_a_world_that_breaks_at_once_still_gives_tokens_to_mask_out() -> None:
     scored = collect(World(), [row(0), row(1, turns=2, breaks_after=1)], Policy())
     assert to_tokens(scored[1].rollout).output_ids == [5, 6]
@@ -295,7 +289,6 @@ def test_an_endpoint_that_fails_leaves_its_row_unscored() -> None:
     assert scored.rollout.turns == ()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG lib/rollout.py _check_reward: only the reward is checked; the run then dies writing rollouts.jsonl")
 @pytest.mark.parametrize(
     "score",
     [
@@ -382,7 +375,6 @@ def test_an_interrupt_while_scores_are_awaited_ends_the_wait() -> None:
     assert in_another_process(code) == "interrupted 3\n"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG lib/rollout.py attempt: SystemExit (an exec'd answer that says exit()) ends the loop's thread; every later collect hangs")
 def test_a_scorer_that_exits_is_unscored_and_does_not_hang_the_run() -> None:
     code = """
         class Exits(Task, frozen=True):
@@ -394,7 +386,6 @@ def test_a_scorer_that_exits_is_unscored_and_does_not_hang_the_run() -> None:
     assert in_another_process(code, seconds=3) == "[None, None, None]\n"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG lib/rollout.py _Lockstep.deliver: too few turns raise inside the loop, where nobody sees it; collect hangs")
 def test_a_policy_that_returns_too_few_turns_is_an_error_and_does_not_hang() -> None:
     code = """
         try:
@@ -405,7 +396,6 @@ def test_a_policy_that_returns_too_few_turns_is_an_error_and_does_not_hang() -> 
     assert in_another_process(code, seconds=3) == "refused\n"
 
 
-@pytest.mark.xfail(strict=True, reason="BUG lib/rollout.py attempt: a scorer's own cancelled task (CancelledError) ends the whole collect")
 def test_a_scorer_whose_own_task_was_cancelled_is_unscored() -> None:
     class Cancelling(World, frozen=True):
         async def score(self, rollout: Rollout) -> Score:

@@ -183,9 +183,6 @@ def test_a_full_disk_while_logging_is_a_sentence_and_resume_heals_the_log(small_
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG lib/runfolder.py clear_errors: EFBIG (a file size limit, some quotas) is a bare OSError"
-)
 def test_a_file_size_limit_is_a_sentence(tmp_path: Path) -> None:
     code = """
         import resource, sys
@@ -228,26 +225,17 @@ def test_a_file_in_the_way_is_a_sentence(tmp_path: Path, where: str) -> None:
     path = tmp_path / where
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("not mine")
-    with pytest.raises(RunError, match="a file is in the way: move it, or set paths.outputs to another folder"):
+    with pytest.raises(RunError, match=r"in the way: move it, or set paths\.outputs to another folder"):
         open_run("first", config(tmp_path / "outputs")).begin("data", ["task"], {})
     assert path.read_text() == "not mine"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=IsADirectoryError,
-    reason="BUG lib/runfolder.py clear_errors: a folder in the way is a bare IsADirectoryError",
-)
 def test_a_folder_in_the_way_is_a_sentence(run: Run) -> None:
     (run.folder / "result.json").mkdir()
     with pytest.raises(RunError, match="in the way"):
         run.finish({"x": 1})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/runfolder.py atomic_file: errors of the rows' source are reported as errors of the run folder",
-)
 def test_an_error_of_the_rows_source_is_not_blamed_on_the_run_folder(run: Run) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         yield {"id": "1"}
@@ -267,16 +255,11 @@ def test_a_plain_name_makes_a_run(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "a..b", ".hidden", "-x", "a b", "é", "a\n", "a\x00", "~", "."])
 def test_other_names_are_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RunError, match="run_name .* is not usable: letters, digits"):
+    with pytest.raises(RunError, match=r"run_name .* is not usable: letters, digits"):
         open_run(name, config(tmp_path / "outputs"))
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=OSError,
-    reason="BUG lib/runfolder.py _NAME: no limit, so 300 letters end in a bare OSError (File name too long)",
-)
 def test_a_name_too_long_for_the_file_system_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         open_run("x" * 300, config(tmp_path))
@@ -299,18 +282,11 @@ def test_without_a_name_the_configs_path_names_the_run(tmp_path: Path) -> None:
     assert open_run("", config(tmp_path), default="configs/smoke/decisions.yaml").name == "smoke-decisions"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/runfolder.py default_name: with neither name nor config the run is called like the checkout",
-)
 def test_a_run_without_any_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         open_run("", config(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RunError, reason="BUG lib/runfolder.py default_name: may be a name that open_run refuses"
-)
 def test_a_config_of_any_file_name_names_a_usable_run(tmp_path: Path) -> None:
     open_run("", config(tmp_path), default="configs/my réglages (2).yaml")
 
@@ -343,11 +319,6 @@ def test_an_older_schema_is_refused_with_what_to_do(run: Run, schema: dict[str, 
             door()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=json.JSONDecodeError,
-    reason="BUG lib/runfolder.py open_run, read_run: a config.json that is no JSON ends in a bare JSONDecodeError",
-)
 def test_a_damaged_config_is_told_in_words(run: Run) -> None:
     (run.folder / "config.json").write_text('{"schema": 1, ')
     with pytest.raises(RunError, match=r"config\.json"):
@@ -468,7 +439,7 @@ def test_cutting_logs_that_are_not_there_is_nothing(run: Run) -> None:
 def test_a_log_shorter_than_its_checkpoint_is_refused(run: Run) -> None:
     log(run, 1)
     with pytest.raises(
-        RunError, match="rollouts.jsonl is shorter than its checkpoint says: it was changed by hand; start a new run"
+        RunError, match=r"rollouts\.jsonl is shorter than its checkpoint says: it was changed by hand; start a new run"
     ):
         run.cut_logs({"rollouts.jsonl": 10_000})
     assert len(run.rollouts()) == 1
@@ -489,30 +460,16 @@ def test_the_newest_rollouts_are_read_from_the_end(run: Run) -> None:
     assert Run(run.folder / "nothing", run.config).rollouts(last=3) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/runfolder.py Run.rollouts: assumes 4096 bytes a record; longer ones are silently left out",
-)
 def test_the_newest_rollouts_may_be_long(run: Run) -> None:
     log(run, 1, 2, 3, 4, text="y" * 20_000)
     assert [record["step"] for record in run.rollouts(last=2)] == [3, 4]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=json.JSONDecodeError,
-    reason="BUG lib/runfolder.py Run.rollouts: str.splitlines also splits at U+2028, U+2029 and U+0085 inside a text",
-)
 def test_the_newest_rollouts_may_hold_unicode_line_separators(run: Run) -> None:
     log(run, 1, 2, text="a\u2028b\u2029c\u0085d")
     assert [record["step"] for record in run.rollouts(last=2)] == [1, 2]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=json.JSONDecodeError,
-    reason="BUG lib/runfolder.py Run.rollouts: with `last`, a half-written last line is not left out",
-)
 def test_the_newest_rollouts_are_whole_while_training_writes(run: Run) -> None:
     log(run, 1, 2)
     with (run.folder / "rollouts.jsonl").open("a") as file:
@@ -579,9 +536,6 @@ def test_a_hash_follows_contents_names_and_depth(tmp_path: Path) -> None:
     assert hash_file(folders[0] / "a.csv") != hash_file(folders[1] / "a.csv")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG lib/runfolder.py hash_file: nothing stands between a name and the content after it"
-)
 def test_a_hash_knows_where_a_name_ends(tmp_path: Path) -> None:
     for folder, name, text in (("x", "a", "bc"), ("y", "ab", "c")):
         (tmp_path / folder).mkdir()
@@ -662,34 +616,22 @@ def test_secrets_in_the_diff_are_scrubbed(checkout: Path) -> None:
     assert "sk-verysecret1" not in diff and "<MY_API_KEY>" in diff
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/provenance.py _diff: cuts before it scrubs, so a secret at the cut loses its end and stays",
-)
 def test_a_secret_at_the_cut_of_a_long_diff_is_scrubbed(checkout: Path) -> None:
     secret = "sk-" + "0123456789" * 20
     path = checkout / "configs" / "mine.yaml"
     path.write_text("x")
     room = 200_000 - len(git(checkout, "diff", "HEAD"))
-    path.write_text("x" * (room - 100) + secret)  # the cut falls about into the middle of the secret
+    path.write_text("x" * (room - 100) + secret + "x" * 5000)  # the cut falls about into the middle of the secret
     diff = collected(checkout, MY_API_KEY=secret)["diff"]
     assert diff.endswith("[cut]")
     assert secret[:40] not in diff
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/provenance.py _output: text=True without errors=: a changed Latin-1 file in configs/ stops every run",
-)
 def test_a_changed_file_that_is_not_utf8_does_not_stop_a_run(checkout: Path) -> None:
     (checkout / "configs" / "mine.yaml").write_bytes("# für später\n".encode("latin-1"))
     collected(checkout)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="GAP lib/provenance.py _diff: a new file that git does not know yet (a user's first task) is not in it",
-)
 def test_provenance_holds_a_new_task_file(checkout: Path) -> None:
     (checkout / "lib" / "tasks" / "mine.py").write_text("# my reward\n")
     assert "my reward" in collected(checkout)["diff"] or "mine.py" in json.dumps(collected(checkout))
@@ -731,10 +673,6 @@ def test_short_values_and_other_variables_stay(monkeypatch: pytest.MonkeyPatch) 
     assert scrub("1 qwertyuiop") == "1 qwertyuiop"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG lib/log.py scrub: a secret that begins with another one is replaced only in part (longest first mends it)",
-)
 def test_a_secret_that_begins_with_another_is_scrubbed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefgh-and-more")

@@ -129,7 +129,6 @@ class RolloutSource:
         self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
         return to_batch(scored, group)
 
-
     def _warn_of_masked(self, scored: Sequence[Scored], step: int) -> None:
         """Say it once: masked answers have no gradient, so a policy that drifts into them is not pushed back."""
         share = sum(s.score.masked for s in scored) / len(scored)
@@ -254,7 +253,6 @@ def trl_arguments(config: Config, run: Run, checkpointing: bool) -> dict[str, An
         "epsilon": training.clip_low,
         "epsilon_high": training.clip_high,
         "scale_rewards": training.reward_scaling,
-        "entropy_coef": training.entropy_bonus,
         "max_completion_length": sampling.completion_limit,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
