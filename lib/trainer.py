@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 ROW_MEANS = ("grpo", "dr_grpo", "luspo")
-"""Loss types that average over sequences: a row left out would count there as a zero, so the mean is scaled up again."""
+"""Loss types that average over sequences: a row left out would count there as a zero, so the mean is scaled up."""
 
 REWARD = "reward_value"
 """The extra column that carries finished rewards through TRL to its reward function."""
@@ -52,7 +52,6 @@ def finished_reward(completions: list[Any], reward_value: list[float | None], **
 @cache
 def make_trainer_class() -> type[GRPOTrainer]:
     """The subclass. A function, because importing TRL takes seconds and this module must stay quick."""
-    import torch
     from trl import GRPOTrainer
 
     class RolloutTrainer(GRPOTrainer):
