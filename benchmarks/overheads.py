@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from machine import Others, shown
@@ -95,7 +95,7 @@ def imports() -> list[tuple[str, float, float]]:
     return measured
 
 
-def script_of(notebook: Path, values: dict[str, object], figures: bool) -> str:
+def script_of(notebook: Path, values: Mapping[str, object], figures: bool) -> str:
     """The notebook's code cells as a script: parameters set, and the value that ends a cell drawn."""
     parts = [HEAD.format(figures=figures)]
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:

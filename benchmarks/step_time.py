@@ -79,13 +79,16 @@ def train_plain(run: Run, folder: Path) -> Result:
     task = _task(run.config)
     seen: list[tuple[int, str, float]] = []
 
-    def reward(prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, **columns: Any) -> list[float]:
-        rewards = []
+    def reward(
+        prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, **columns: Any
+    ) -> list[float | None]:
+        rewards: list[float | None] = []
         for i, (prompt, completion, ids) in enumerate(zip(prompts, completions, completion_ids, strict=True)):
             row = {"prompt": prompt, "q": columns["q"][i], "rewards": columns["rewards"][i]}
             ended = ids[-1] == tokenizer.eos_token_id
-            rewards.append(_score(task, row, completion[0], ended))
-            seen.append((trainer_state.global_step + 1, completion[0]["content"], rewards[-1]))
+            earned = _score(task, row, completion[0], ended)
+            rewards.append(earned)
+            seen.append((trainer_state.global_step + 1, completion[0]["content"], earned))
         return rewards
 
     source = _starter(run.config)
@@ -147,7 +150,7 @@ def _score(task: Task, row: Row, message: dict[str, str], ended: bool) -> float:
     turn = Turn(message=message, stop="stop" if ended else "length")
     rollout = Rollout(row=row, messages=(*row["prompt"], message), turns=(turn,), stop="done" if ended else "length")
     try:
-        task.score(rollout).send(None)  # type: ignore[attr-defined]
+        task.score(rollout).send(None)
     except StopIteration as done:
         assert done.value.reward is not None
         return float(done.value.reward)
@@ -188,7 +191,7 @@ def side_main(name: str, run_folder: str, folder: str, turn: Connection) -> None
             self.started = time.perf_counter()
 
     # Comes before all other callbacks: what our own does at a step's end falls into the next step, on both sides.
-    trainer.DEFAULT_CALLBACKS.append(TakeTurns)
+    trainer.DEFAULT_CALLBACKS.append(TakeTurns)  # type: ignore[arg-type]
     result = SIDES[name](read_run(run_folder), Path(folder))
     turn.send(("done", result))
 

@@ -294,11 +294,14 @@ def known_keys() -> list[str]:
     return keys
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice, where PyYAML would keep the last one without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             raise yaml.YAMLError(f"{', '.join(twice)} is given twice, line {node.start_mark.line + 1} and after")
@@ -318,7 +321,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping with at least `task: {{name: ...}}`")
     # A section whose keys are all commented out reads as nothing: it means its defaults.
-    return {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None or key not in Config.model_fields}
 
 
 def _set(values: dict[str, Any], parts: list[str], value: Any) -> None:

@@ -62,7 +62,7 @@ def answer_rows(
         {
             "row": rollout.row["id"],
             "category": rollout.row.get("category"),
-            "prompt": rollout.row["prompt"][-1]["content"],
+            "prompt": rollout.row["prompt"][-1].get("content"),
             "answer": rollout.text,
             "reward": score.reward,
             "masked": score.masked,

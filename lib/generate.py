@@ -34,7 +34,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.end_ids = frozenset(end_ids) or frozenset({tokenizer.eos_token_id})
         # A group repeats its prompt, so rendering is remembered; keys are JSON because messages are dicts.
-        self._rendered = lru_cache(maxsize=4096)(self._render)
+        self._rendered = lru_cache(maxsize=1024)(self._render)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """The ids that the policy answers to, generation prompt included."""

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_PAT)(_ID|_\d+)?$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 """Shorter values ("1", "none") would blank out ordinary text."""
 

@@ -115,7 +115,7 @@ def _answers(task: Task, row: Row, rows: Sequence[Row]) -> dict[str, str]:
     if golds:
         answers["wrong"] = min(golds, key=lambda text: _order(score_one(task, Rollout.of(row, text))))
     answers["empty"] = ""
-    answers["cheat: the prompt back"] = str(row["prompt"][-1]["content"])
+    answers["cheat: the prompt back"] = str(row["prompt"][-1].get("content") or "")
     if golds:
         answers["cheat: many answers at once"] = " ".join([gold, *golds])
     return answers

@@ -65,8 +65,14 @@ def gpus() -> list[str]:
 def _diff() -> str:
     """What differs from the commit, new files included; scrubbed before it is cut, so that no half secret stays."""
     diff = _git("diff", "HEAD", "--", *_CODE) or ""
-    for name in (_git("ls-files", "--others", "--exclude-standard", "--", *_CODE) or "").splitlines():
-        content = (PROJECT_ROOT / name).read_text(encoding="utf-8", errors="replace")
+    for name in filter(
+        None, (_git("ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE) or "").split("\0")
+    ):
+        path = PROJECT_ROOT / name
+        if not path.is_file() or path.stat().st_size > _LARGEST_DIFF:  # a nested checkout, a dangling link, a data file
+            diff += f"\nnew file {name}, not shown"
+            continue
+        content = path.read_text(encoding="utf-8", errors="replace")
         diff += f"\nnew file {name}\n{content}"
     diff = scrub(diff)
     return diff if len(diff) <= _LARGEST_DIFF else diff[:_LARGEST_DIFF] + "\n[cut]"

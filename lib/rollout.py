@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from lib import WorkbenchError
+from lib.log import scrub
 from lib.task import Generate, Message, Rollout, Row, Score, Task, Turn
 
 logger = logging.getLogger(__name__)
@@ -79,12 +80,12 @@ async def attempt(task: Task, row: Row, generate: Generate, played_out: Callable
         score = await task.score(rollout)
         _check_score(task, score)
     # The one boundary: a broken world or scorer is not the policy's fault, not even one that calls exit().
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
+    except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
         this = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and this is not None and this.cancelling():
             raise  # we are the ones who are cancelled, not something that the scorer waited for
         logger.debug("row %s unscored", row.get("id"), exc_info=True)
-        score = Score(reward=None, notes={"error": f"{type(error).__name__}: {error}"})
+        score = Score(reward=None, notes={"error": scrub(f"{type(error).__name__}: {error}")})
     return Scored(rollout, score)
 
 
@@ -145,6 +146,10 @@ def to_tokens(rollout: Rollout) -> TokenRow:
     for turn in rollout.turns:
         if turn.prompt_ids is None or turn.output_ids is None:
             raise ValueError(f"row {rollout.row['id']}: a turn without token ids cannot be trained on")
+        if turn.logprobs is not None and len(turn.logprobs) != len(turn.output_ids):
+            raise ValueError(
+                f"row {rollout.row['id']}: {len(turn.logprobs)} log-probabilities for {len(turn.output_ids)} tokens"
+            )
         known = prompt + output
         if list(turn.prompt_ids[: len(known)]) != known:
             raise ValueError(

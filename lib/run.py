@@ -129,6 +129,7 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
             log_output=False,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
+            shutdown_kernel="immediate",  # a second sooner; training has a process of its own, nothing is left to save
             extra_arguments=["--log-level=40"],  # the kernel's own warnings are about itself, not about the run
         )
     except papermill.PapermillExecutionError as error:

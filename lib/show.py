@@ -194,7 +194,7 @@ def rollouts(records: Sequence[Mapping[str, Any]], per_step: int = 4) -> None:
     """Sampled answers: some of every tenth of training; with a slider over all steps for a person."""
     steps = sorted({record["step"] for record in records})
     chosen = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)] if len(steps) > 10 else steps
-    if is_interactive():
+    if is_interactive() and steps:
         _slider(records, steps)
     table([_rollout(r) for step in dict.fromkeys(chosen) for r in [r for r in records if r["step"] == step][:per_step]])
 

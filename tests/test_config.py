@@ -141,6 +141,16 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_anchors_and_merge_keys_are_yaml_like_any_other(tmp_path: Path) -> None:
+    text = "task: {name: decisions, warm: &warm {a: 1, b: 2}, hot: {<<: *warm, b: 3}}\n"
+    assert load_config(file(tmp_path, text)).task.params["hot"] == {"a": 1, "b": 3}
+
+
+def test_an_unknown_section_is_refused_even_without_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainig: unknown key\. Did you mean 'training'\?"):
+        load_config(file(tmp_path, "task: {name: decisions}\ntrainig:\n  # steps: 3\n"))
+
+
 def test_a_section_without_keys_means_its_defaults(tmp_path: Path) -> None:
     path = file(tmp_path, "task: {name: decisions}\ntraining:\n  # steps: 3\n")
     assert load_config(path, {"training.batch": 16}).training.batch == 16

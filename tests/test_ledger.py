@@ -155,7 +155,7 @@ def test_a_reader_does_not_wait_for_a_writer(ledger: Ledger) -> None:
     other.execute("BEGIN IMMEDIATE")
     started = time.monotonic()
     assert ledger.get("k") == {"verdict": "pass"}
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # it would wait half a minute
     other.execute("ROLLBACK")
     other.close()
 

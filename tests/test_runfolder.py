@@ -632,6 +632,25 @@ def test_a_changed_file_that_is_not_utf8_does_not_stop_a_run(checkout: Path) -> 
     collected(checkout)
 
 
+@pytest.mark.parametrize(
+    "kind", ["a name that is not ASCII", "a name with spaces and quotes", "nested checkout", "dangling link"]
+)
+def test_no_new_file_stops_a_run(checkout: Path, kind: str) -> None:
+    folder = checkout / "configs"
+    if kind.startswith("a name"):
+        (folder / ("für später.yaml" if "ASCII" in kind else 'my "own".yaml')).write_text("mine: 1\n")
+    elif kind == "nested checkout":
+        (folder / "theirs").mkdir()
+        git(folder / "theirs", "init", "-q")
+        (folder / "theirs" / "x.yaml").write_text("x: 1\n")
+        git(folder / "theirs", "add", "-A")
+        git(folder / "theirs", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
+    else:
+        (folder / "gone.yaml").symlink_to("nowhere.yaml")
+    diff = collected(checkout)["diff"]
+    assert not kind.startswith("a name") or "mine: 1" in diff
+
+
 def test_provenance_holds_a_new_task_file(checkout: Path) -> None:
     (checkout / "lib" / "tasks" / "mine.py").write_text("# my reward\n")
     assert "my reward" in collected(checkout)["diff"] or "mine.py" in json.dumps(collected(checkout))

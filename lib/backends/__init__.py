@@ -20,7 +20,7 @@ from typing import Any
 
 from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
-from lib.log import echo, start_logging
+from lib.log import echo, scrub, start_logging
 from lib.runfolder import Run, exclusive, hash_file, read_run
 from lib.task import Row, Task, load_task
 
@@ -92,7 +92,7 @@ def train_child(folder: str) -> int:
         try:
             output: Path | None = backend.train(run.config, task, run.read_rows("train"), run, stop)
         except WorkbenchError as error:
-            error_file.write_text(str(error), encoding="utf-8")
+            error_file.write_text(scrub(str(error)), encoding="utf-8")
             return 1
         if output is None:
             return STOPPED

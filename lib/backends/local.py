@@ -24,7 +24,7 @@ from lib.generate import Chat, batched
 from lib.rollout import Scored, check_unscored, collect, to_tokens
 from lib.runfolder import Run, atomic_file, plain, read_lines
 from lib.task import Row, Task
-from lib.trainer import Batch, finished_reward, make_trainer_class
+from lib.trainer import Batch, finished_reward, make_trainer_class, without
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -46,6 +46,8 @@ class LocalError(WorkbenchError, RuntimeError):
 def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopSignal) -> Path | None:
     """Train to the end, or until `stop` asks; returns the output folder, or None where it stopped early."""
     _check_machine(config)
+    with without(*(["vllm"] if config.sampling.engine != "vllm" else [])):
+        make_trainer_class()
     source = models.resolve_model(config, rows)
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model)
@@ -200,7 +202,7 @@ def _record(scored: Scored, index: int, group: int, step: int, micro_step: int) 
         "micro_step": micro_step,
         "group": index // group,
         "row": rollout.row["id"],
-        "prompt": rollout.row["prompt"][-1]["content"],
+        "prompt": rollout.row["prompt"][-1].get("content"),
         "completion": rollout.text,
         "reward": score.reward,
         "masked": score.masked,
