@@ -192,6 +192,33 @@ def test_stopping_writes_a_checkpoint_and_says_how_to_go_on(
     assert 1 <= step < 6 and (folder / "checkpoints" / f"step-{step}" / "logs.json").is_file()
 
 
+TRAIN = """
+import sys
+from lib.backends import train
+from lib.runfolder import open_run
+from lib.config import load_config
+from lib.prepare import prepare
+from lib.task import load_task
+config = load_config(sys.argv[1], dict(text.split("=", 1) for text in sys.argv[3:] if text != "-p"))
+run, task = open_run(sys.argv[2], config), load_task(config.task.name, **config.task.params)
+prepare(task, run)
+train(config, task, run.read_rows("train"), run)
+"""
+
+
+def test_interrupting_a_cell_finishes_the_step_and_says_how_to_go_on(
+    workspace: Path, places: list[str], tmp_path: Path, chain: Any
+) -> None:
+    log = tmp_path / "first.txt"
+    command = [sys.executable, "-c", TRAIN, SMOKE, "interrupted", *TRAINING, *places]
+    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    wait_for(log, "step 1/6")
+    process.send_signal(signal.SIGINT)  # what a kernel interrupt is
+    assert process.wait(60) == 1
+    assert "TrainingStopped: stopped as asked" in log.read_text()
+    assert list((workspace / "outputs" / "interrupted" / "checkpoints").glob("step-*"))
+
+
 def test_plain_papermill_runs_a_notebook(workspace: Path, tmp_path: Path, chain: tuple[Path, str]) -> None:
     overrides = f"{{paths.outputs: {workspace / 'outputs'}, paths.cache: {workspace / 'cache'}}}"
     command = [sys.executable, "-m", "papermill", "notebooks/3_grpo_training.ipynb", str(tmp_path / "out.ipynb"), "-p",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from lib.backends import local
 from lib.config import load_config, parse_config
 from lib.prepare import prepare
 from lib.rollout import UnscoredLimitError
-from lib.runfolder import Run, open_run
+from lib.runfolder import Run, open_run, read_run
 from lib.task import load_task
 
 
@@ -144,6 +145,31 @@ def test_running_out_of_memory_names_the_phase_the_peak_and_the_knobs(
         and "training.batch down" in done.stderr
         and "goes on from step 0" in done.stderr
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_fills_ends_training_resumable_and_says_so(
+    chain: Any, workspace: Path, places: list[str], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
+    try:
+        arguments = ["3_grpo_training", SMOKE, "-p", "run_name=small", *places, "-p", f"paths.outputs={disk}"]
+        arguments += ["-p", "training.steps=20", "-p", "training.save_steps=1"]
+        done = run_cli(*arguments)
+        assert done.returncode == 1
+        assert "the disk is full" in done.stderr and "goes on from step" in done.stderr
+        assert "Traceback" not in done.stderr
+        complete = sorted(disk.glob("small/checkpoints/step-*"))
+        assert complete and all((path / "logs.json").is_file() for path in complete)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        again = run_cli(*arguments)
+        assert again.returncode == 0, again.stderr
+        assert f"resuming from {complete[-1].name}" in again.stdout or "resuming from step-" in again.stdout
+        assert [record["step"] for record in read_run(disk / "small").metrics()] == list(range(1, 21))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_batch_of_more_prompts_than_rows_is_refused(chain: Any, workspace: Path) -> None:

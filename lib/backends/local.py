@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 _MANY_MASKED = 0.2
+_LITTLE_DISK = 4 * 2**20
+"""Bytes below which a failed write is put down to a full disk."""
 
 
 class StopSignal(Protocol):
@@ -66,12 +68,21 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     except Exception as error:
         if models.is_out_of_memory(error):
             raise LocalError(models.out_of_memory_advice(trainer.phase, config)) from error
+        if free_disk(run) < _LITTLE_DISK:  # torch and safetensors each say it in their own words
+            raise LocalError(
+                f"the disk is full: {free_disk(run) / 2**20:.0f} MiB are free where the run is. Free some space there"
+            ) from error
         raise
     if config.training.completions_csv:
         write_csv(run, config.training.completions_csv)
     if trainer.state.global_step < trainer.state.max_steps:
         return None
     return _save(trainer, run, "adapter" if config.lora.enabled else "model")
+
+
+def free_disk(run: Run) -> int:
+    """Bytes free where the run folder is."""
+    return shutil.disk_usage(run.folder).free
 
 
 def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
@@ -97,6 +108,8 @@ def _check_rows(config: Config, rows: int) -> None:
 
 def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint: a step-N folder gets its name only once everything is in it."""
+    for unfinished in (run.folder / "checkpoints").glob("checkpoint-*"):
+        shutil.rmtree(unfinished)  # a kill or a full disk came in between
     found = sorted((run.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     return found[-1] if found else None
 
