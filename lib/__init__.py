@@ -6,6 +6,9 @@ python -m lib.run --help
 import atexit
 import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +17,18 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 class WorkbenchError(Exception):
     """Something that a user can mend: the message says what was given, what is allowed, and what to do."""
+
+
+@contextmanager
+def without(*modules: str) -> Iterator[None]:
+    """Hide installed packages from what is imported inside: some libraries import others just because they exist."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 # torch and transformers make millions of small objects that live as long as the process: collecting them over and over

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import PROJECT_ROOT, WorkbenchError
+from lib import PROJECT_ROOT, WorkbenchError, without
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -115,8 +115,9 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
     sys.stdout.write(f"==> {notebook.name} -> {_shown(output)}\n")
     sys.stdout.flush()
     _quiet_papermill()
-    import papermill
-    from nbclient.exceptions import DeadKernelError
+    with without("rfc3987_syntax"):  # jsonschema builds a whole grammar of web addresses from it, for a second
+        import papermill
+        from nbclient.exceptions import DeadKernelError
 
     try:
         papermill.execute_notebook(

@@ -9,9 +9,7 @@ holds the signature of `_generate` and the eight items it returns.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,18 +47,6 @@ Source = Callable[["GRPOTrainer", list[Row]], Batch]
 def finished_reward(completions: list[Any], reward_value: list[float | None], **_: Any) -> list[float | None]:
     """TRL's reward function: hands on the rewards that came with the rollouts."""
     return reward_value
-
-
-@contextmanager
-def without(*modules: str) -> Iterator[None]:
-    """Hide installed packages from what is imported inside: TRL imports all of vLLM, say, only because it is there."""
-    hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
 
 
 @cache

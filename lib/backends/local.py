@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lib import WorkbenchError, models
+from lib import WorkbenchError, models, without
 from lib.config import Config
 from lib.generate import Chat, batched
 from lib.rollout import Scored, check_unscored, collect, to_tokens
 from lib.runfolder import Run, atomic_file, plain, read_lines
 from lib.task import Row, Task
-from lib.trainer import Batch, finished_reward, make_trainer_class, without
+from lib.trainer import Batch, finished_reward, make_trainer_class
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -48,6 +48,7 @@ class LocalError(WorkbenchError, RuntimeError):
 def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopSignal) -> Path | None:
     """Train to the end, or until `stop` asks; returns the output folder, or None where it stopped early."""
     _check_machine(config)
+    # TRL imports all of vLLM where it is installed: seconds that only a run that samples with it should pay.
     with without(*(["vllm"] if config.sampling.engine != "vllm" else [])):
         make_trainer_class()
     source = models.resolve_model(config, rows)
