@@ -17,7 +17,7 @@ from lib.config import Config, resolve_path
 from lib.generate import Chat, batched, end_ids, local_sample
 from lib.paired import Gain, Summary, compare, summarize
 from lib.rollout import BatchGenerate, check_unscored, collect
-from lib.runfolder import Run, RunError, atomic_file, hash_file, plain, read_lines, to_line, write_json
+from lib.runfolder import Run, RunError, atomic_file, hash_file, plain, read_lines, task_file_hash, to_line, write_json
 from lib.tables import JsonlTable
 from lib.task import Row, Task
 
@@ -81,7 +81,8 @@ def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
     """
     rows = held_out_rows(config, run)
     policies = policies_of(config, run)
-    finished = run.begin(STAGE, SECTIONS, _inputs(policies, rows)) is not None
+    inputs = _inputs(policies, rows) | task_file_hash(config)
+    finished = run.begin(STAGE, SECTIONS, inputs, products=("evaluation",)) is not None
     wanted = [(policy, greedy) for policy in policies for greedy in _decodings(config, policy, policies[-1])]
     missing = [(p, g) for p, g in wanted if not _file(run, p.name, g).is_file()]
     if missing:

@@ -77,13 +77,17 @@ def load_tokenizer(source: str, settings: ModelSection) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def load_model(source: str, settings: ModelSection) -> PreTrainedModel:
-    """The causal language model of a folder or Hub id, on this machine's device, in evaluation mode."""
+def load_model(source: str, settings: ModelSection, train_all: bool = False) -> PreTrainedModel:
+    """The causal language model of a folder or Hub id, on this machine's device, in evaluation mode.
+
+    `train_all`: all weights are to be trained, so `dtype: auto` keeps them in float32: the small updates of a usual
+    learning rate vanish in bfloat16 weights (an adapter's weights are float32 in any case).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # headless logs are plain lines
-    dtype, attention = torch_dtype(settings), attention_of(settings)
+    dtype, attention = torch_dtype(settings, train_all), attention_of(settings)
     logger.info(
         "model: loading %s (%s, %s attention) on %s",
         _short(source),
@@ -165,11 +169,11 @@ def describe_device() -> str:
     return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
 
 
-def torch_dtype(settings: ModelSection) -> torch.dtype:
+def torch_dtype(settings: ModelSection, train_all: bool = False) -> torch.dtype:
     import torch
 
     if settings.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_available() and not train_all else torch.float32
     if settings.dtype == "float16" and not torch.cuda.is_available():
         raise ModelError("model.dtype float16 needs a GPU: use float32 or bfloat16 on a CPU")
     dtype: torch.dtype = getattr(torch, settings.dtype)

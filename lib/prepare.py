@@ -15,7 +15,7 @@ from typing import Any
 from lib import models
 from lib.config import Config
 from lib.generate import Chat
-from lib.runfolder import Run, hash_file
+from lib.runfolder import Run, hash_file, task_file_hash
 from lib.task import Row, Split, Task, TaskError
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 
 def prepare(task: Task, run: Run) -> dict[str, int]:
     """Write the rows of both splits into the run folder, once; returns how many of each."""
-    inputs = {str(path): hash_file(path) for path in task.input_files()}
-    done = run.begin(STAGE, SECTIONS, inputs)
+    inputs = {str(path): hash_file(path) for path in task.input_files()} | task_file_hash(run.config)
+    done = run.begin(STAGE, SECTIONS, inputs, products=("rows",))
     if done is None:
         counts: dict[str, int] = {split: run.write_rows(split, map(_checked, task.rows(split))) for split in SPLITS}
         if not counts["train"]:

@@ -108,7 +108,7 @@ def _execute_all(notebooks: list[Path], parameters: dict[Path, dict[str, Any]], 
 
 def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name: str) -> int:
     """Run one notebook through papermill into the run folder, its plain lines streaming to this terminal."""
-    from lib.runfolder import RunError, open_run
+    from lib.runfolder import RunError, clear_errors, open_run
 
     run = open_run(run_name, config)
     output = run.path("notebooks", notebook.name)
@@ -120,19 +120,20 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
         from nbclient.exceptions import DeadKernelError
 
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(output),
-            parameters=parameters,
-            cwd=str(PROJECT_ROOT),
-            kernel_name="python3",
-            progress_bar=False,
-            log_output=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            shutdown_kernel="immediate",  # a second sooner; training has a process of its own, nothing is left to save
-            extra_arguments=["--log-level=40"],  # the kernel's own warnings are about itself, not about the run
-        )
+        with clear_errors(output):
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters=parameters,
+                cwd=str(PROJECT_ROOT),
+                kernel_name="python3",
+                progress_bar=False,
+                log_output=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                shutdown_kernel="immediate",  # a second sooner; training has a process of its own, nothing is lost
+                extra_arguments=["--log-level=40"],  # the kernel's own warnings are about itself, not about the run
+            )
     except papermill.PapermillExecutionError as error:
         sys.stderr.write(f"error: {notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n")
         sys.stderr.write(f"the executed notebook, up to the failing cell: {_shown(output)}\n")
@@ -142,8 +143,11 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
             f"error: {notebook.name}: its kernel died (out of memory? see `dmesg`). Run the same command again\n"
         )
         return 1
-    except (KeyboardInterrupt, RunError) as error:
-        sys.stderr.write(f"error: {error or 'interrupted'}: run the same command again, it goes on from here\n")
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again, it goes on from here\n")
         return 75
     return 0
 

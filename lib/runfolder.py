@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,11 +115,15 @@ class Run:
         return path.stat().st_size if path.is_file() else 0
 
     # stages ---------------------------------------------------------------------------------------------------------
-    def begin(self, stage: str, sections: Sequence[str], inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    def begin(
+        self, stage: str, sections: Sequence[str], inputs: Mapping[str, str], products: Sequence[str] = ()
+    ) -> dict[str, Any] | None:
         """Start a stage, or return its outputs where it is already finished with the same key.
 
         `sections` are the config sections that the stage depends on, `inputs` names and hashes of what it reads. A
-        stage that was begun with another key is refused: nothing finished is overwritten.
+        stage that was begun with another key is refused: nothing finished is overwritten. `products` are the files
+        and folders that the stage goes on from when it was begun before; without a record of it they belong to an
+        attempt that the user has asked to forget, and are removed.
         """
         key = {"config": self._sections(sections), "inputs": dict(inputs), "lock": lock_hash()}
         record = self._stage(stage)
@@ -129,8 +134,18 @@ class Run:
             if record["finished"]:
                 logger.info("stage %s: already finished, skipped", stage)
                 return dict(record["outputs"])
+        else:
+            self._forget(products)
         self._write_stage(stage, {"key": key, "finished": False, "outputs": {}, "started": time.time()})
         return None
+
+    def _forget(self, products: Sequence[str]) -> None:
+        for path in [found for product in products for found in self.folder.glob(product)]:
+            logger.info("removing %s of an earlier attempt", _shown(path))
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def end(self, stage: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Mark a stage finished, with what it produced."""
@@ -239,6 +254,12 @@ def hash_file(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def task_file_hash(config: Config) -> dict[str, str]:
+    """A user's own task file and its hash, as an input of every stage that scores; {} for the shipped tasks."""
+    name = config.task.name
+    return {name: hash_file(resolve_path(name))} if name.endswith(".py") else {}
 
 
 def lock_hash() -> str:

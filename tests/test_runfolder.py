@@ -337,6 +337,19 @@ def test_a_stage_begins_ends_and_is_skipped_from_then_on(run: Run) -> None:
     assert again.begin("data", ["task"], {"table.csv": "abc"}) == {"train": 5} == again.outputs("data")
 
 
+def test_forgetting_a_stage_forgets_what_it_made_and_going_on_keeps_it(run: Run) -> None:
+    products = ("checkpoints", "metrics.jsonl")
+    assert run.begin("training", ["task"], {}, products) is None
+    made = [run.path("checkpoints", "step-2", "x"), run.path("metrics.jsonl"), run.path("rows", "train.jsonl")]
+    for path in made:
+        path.write_text("1\n")
+    assert run.begin("training", ["task"], {}, products) is None
+    assert all(path.is_file() for path in made)  # begun before: it goes on from there
+    (run.folder / "stages" / "training.json").unlink()  # what the refusal tells a user to do
+    assert run.begin("training", ["task"], {}, products) is None
+    assert [path.exists() for path in made] == [False, False, True]
+
+
 def test_a_stage_that_was_not_begun_cannot_end(run: Run) -> None:
     with pytest.raises(AssertionError):
         run.end("data", {})

@@ -21,7 +21,7 @@ from typing import Any
 from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
 from lib.log import echo, scrub, start_logging
-from lib.runfolder import Run, exclusive, hash_file, read_run
+from lib.runfolder import Run, exclusive, hash_file, read_run, task_file_hash
 from lib.task import Row, Task, load_task
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 STAGE = "training"
 SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training", "rewards")
 """The config sections that decide what training produces."""
+
+PRODUCTS = ("checkpoints", "adapter", "model", "rollouts.jsonl", "metrics.jsonl")
 
 STOPPED = 75
 """Exit status of a child that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again later)."""
@@ -69,7 +71,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, watch: Watc
     step: interrupting this call asks it to stop after its step and a checkpoint. `watch` gets all metrics at most
     once a second.
     """
-    done = run.begin(STAGE, SECTIONS, _inputs(config, run))
+    done = run.begin(STAGE, SECTIONS, _inputs(config, run), PRODUCTS)
     if done is None:
         _run_child(run, watch)
         done = run.outputs(STAGE)
@@ -86,18 +88,18 @@ def train_child(folder: str) -> int:
     stop = Stop()
     error_file = _error_file(run)
     error_file.unlink(missing_ok=True)
-    with exclusive(run.path("stages", f"{STAGE}.lock")):
-        task = load_task(run.config.task.name, **run.config.task.params)
-        backend = importlib.import_module(f"lib.backends.{run.config.backend}")
-        try:
+    try:
+        with exclusive(run.path("stages", f"{STAGE}.lock")):
+            task = load_task(run.config.task.name, **run.config.task.params)
+            backend = importlib.import_module(f"lib.backends.{run.config.backend}")
             output: Path | None = backend.train(run.config, task, run.read_rows("train"), run, stop)
-        except WorkbenchError as error:
-            error_file.write_text(scrub(str(error)), encoding="utf-8")
-            return 1
-        if output is None:
-            return STOPPED
-        run.end(STAGE, {"path": output.name, "steps": len(run.metrics())})
-    return 0
+            if output is None:
+                return STOPPED
+            run.end(STAGE, {"path": output.name, "steps": len(run.metrics())})
+            return 0
+    except WorkbenchError as error:
+        error_file.write_text(scrub(str(error)), encoding="utf-8")
+        return 1
 
 
 def last_step(run: Run) -> int:
@@ -107,10 +109,7 @@ def last_step(run: Run) -> int:
 
 
 def _inputs(config: Config, run: Run) -> dict[str, str]:
-    inputs = {"rows/train.jsonl": hash_file(run.path("rows", "train.jsonl"))}
-    if config.task.name.endswith(".py"):
-        inputs[config.task.name] = hash_file(PROJECT_ROOT / config.task.name)
-    return inputs
+    return {"rows/train.jsonl": hash_file(run.path("rows", "train.jsonl")), **task_file_hash(config)}
 
 
 def _run_child(run: Run, watch: Watch | None) -> None:

@@ -53,7 +53,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
         make_trainer_class()
     source = models.resolve_model(config, rows)
     tokenizer = models.load_tokenizer(source, config.model)
-    model = models.load_model(source, config.model)
+    model = models.load_model(source, config.model, train_all=not config.lora.enabled)
     chat = Chat(tokenizer)
     kept = within_limit(rows, chat, config.sampling.prompt_limit)
     _check_rows(config, len(kept))

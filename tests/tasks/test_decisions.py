@@ -252,13 +252,11 @@ def test_the_number_of_actions_may_differ_between_phases(tmp_path: Path) -> None
     assert len(Decisions(path=str(tmp_path), split_ratio=1).rows("train")) == 3
 
 
-def test_a_real_series_is_used_by_path_and_named_as_input() -> None:
-    path = PROJECT_ROOT.parent / "shared" / "data" / "carbon" / "CISO_2022_hourly.csv"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
+def test_a_real_series_is_used_by_path_and_named_as_input(shared: Path) -> None:
+    path = shared / "data" / "carbon" / "CISO_2022_hourly.csv"
     task = Decisions(series="../shared/data/carbon/CISO_2022_hourly.csv", generate_rows=100, tau=1.0)
     assert len(task.rows("train")) == 75 and task.rows("train")[0]["id"].startswith("CISO_2022_hourly-2022-")
-    assert [file.resolve() for file in task.input_files()] == [path]
+    assert [file.resolve() for file in task.input_files()] == [path.resolve()]
 
 
 def test_the_example_table_is_one() -> None:

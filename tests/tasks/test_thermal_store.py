@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import PROJECT_ROOT
 from lib.task import TaskError
 from lib.tasks import _thermal_store as store
-
-CARBON = PROJECT_ROOT.parent / "shared" / "data" / "carbon"
 
 
 def plain_cost(levels: list[int], storage: int, demand: int, actions: tuple[int, ...]) -> float:
@@ -166,10 +163,8 @@ def test_a_bad_series_gets_one_clear_error(tmp_path: Path, lines: list[str], mes
 
 
 @pytest.mark.parametrize(("name", "missing"), [("CISO", 3), ("NYIS", 0)])
-def test_the_real_series_are_read_and_their_gaps_found(name: str, missing: int) -> None:
-    path = CARBON / f"{name}_2022_hourly.csv"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
+def test_the_real_series_are_read_and_their_gaps_found(shared: Path, name: str, missing: int) -> None:
+    path = shared / "data" / "carbon" / f"{name}_2022_hourly.csv"
     series = store.read_series(path)
     assert len(series.values) == 8760
     assert [length for _, length in series.gaps()] == [1] * missing
