@@ -147,6 +147,14 @@ class TrainingSection(Section):
         return self.steps_per_generation or self.accumulation
 
     @model_validator(mode="after")
+    def _loss_fits(self) -> TrainingSection:
+        if self.loss_type == "cispo" and (self.clip_high is None or self.clip_high < 1):
+            raise ValueError(
+                "loss_type cispo takes clip_high as an absolute cap of the ratio: set clip_high to about 5"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_fit(self) -> TrainingSection:
         completions = self.batch * self.passes_per_generation
         if completions % self.group_size:
@@ -230,6 +238,8 @@ class Config(Section):
     def _adapter_or_model(self) -> Config:
         if self.evaluation.adapter and self.evaluation.model:
             raise ValueError("evaluation.adapter and evaluation.model exclude each other: give one of them")
+        if self.model.dtype == "float16" and not self.lora.enabled:
+            raise ValueError("full fine-tuning of float16 weights is not stable: set model.dtype to float32 or auto")
         if self.lora.expert_parameters not in ("auto", ()) and self.lora.dropout:
             raise ValueError("lora.expert_parameters needs lora.dropout 0 (PEFT cannot drop out of bare tensors)")
         return self

@@ -17,7 +17,18 @@ from lib.config import Config, resolve_path
 from lib.generate import Chat, batched, end_ids, local_sample
 from lib.paired import Gain, Summary, compare, summarize
 from lib.rollout import BatchGenerate, check_unscored, collect
-from lib.runfolder import Run, RunError, atomic_file, hash_file, plain, read_lines, task_file_hash, to_line, write_json
+from lib.runfolder import (
+    Run,
+    RunError,
+    atomic_file,
+    base_hash,
+    plain,
+    read_lines,
+    task_file_hash,
+    to_line,
+    weights_hash,
+    write_json,
+)
 from lib.tables import JsonlTable
 from lib.task import Row, Task
 
@@ -81,8 +92,8 @@ def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
     """
     rows = held_out_rows(config, run)
     policies = policies_of(config, run)
-    inputs = _inputs(policies, rows) | task_file_hash(config)
-    finished = run.begin(STAGE, SECTIONS, inputs, products=("evaluation",)) is not None
+    inputs = _inputs(policies, rows) | task_file_hash(config) | base_hash(config)
+    finished = run.begin(STAGE, SECTIONS, inputs, ("evaluation",), ("evaluation/*.jsonl",)) is not None
     wanted = [(policy, greedy) for policy in policies for greedy in _decodings(config, policy, policies[-1])]
     missing = [(p, g) for p, g in wanted if not _file(run, p.name, g).is_file()]
     if missing:
@@ -136,7 +147,8 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
     named = config.evaluation.adapter or config.evaluation.model
     if named:
         path = str(resolve_path(named)) if resolve_path(named).is_dir() else named
-        return [base, Policy(Path(named).name, path, bool(config.evaluation.adapter))]
+        name = Path(named).name
+        return [base, Policy("given" if name == BASE else name, path, bool(config.evaluation.adapter))]
     is_adapter = config.lora.enabled
     final = run.folder / ("adapter" if is_adapter else "model")
     if not final.is_dir():
@@ -166,8 +178,9 @@ def _answer_missing(
     import torch
 
     source = models.resolve_model(config, run.read_rows("train") if config.model.name == models.STARTER else [])
-    tokenizer = models.load_tokenizer(source, config.model)
     for policy, model in _loaded(config, source, [policy for policy, _ in missing]):
+        whole = policy.path if policy.path and not policy.is_adapter else source
+        tokenizer = models.load_tokenizer(whole, config.model)
         chat = Chat(tokenizer, end_ids(model, tokenizer))
         asked = _within_limit(config, rows, chat)
         for greedy in [g for p, g in missing if p.name == policy.name]:
@@ -215,14 +228,8 @@ def _inputs(policies: Iterable[Policy], rows: Sequence[Row]) -> dict[str, str]:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(to_line(row).encode())
-    weights = {p.name: _weights_hash(p.path) for p in policies if p.path}
+    weights = {p.name: weights_hash(p.path) for p in policies if p.path}
     return {"rows": digest.hexdigest(), **weights}
-
-
-def _weights_hash(path: str) -> str:
-    """What tells one set of weights from another: the weight files' hash, or the Hub id."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return "+".join(hash_file(file) for file in files) if files else path
 
 
 def _keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

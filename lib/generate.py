@@ -134,8 +134,11 @@ def local_sample(
 ) -> Sample:
     """Sampling from a loaded Hugging Face model, left-padded, in batches of `settings.batch`."""
     import torch
+    from transformers import GenerationConfig
 
     pad = chat.tokenizer.pad_token_id
+    # What a model ships as its defaults (a repetition penalty, say) would change what is measured: training has none.
+    model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=sorted(chat.end_ids))
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if not greedy:
         how = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}

@@ -30,10 +30,11 @@ _TINY = 20_000_000
 """Parameters below which gradient checkpointing costs time and saves nothing worth having."""
 
 OUT_OF_MEMORY_KNOBS = (
-    ("sampling", "training.batch down (completions at once), with training.accumulation up by the same factor"),
+    ("loss", "training.batch down, with training.accumulation up by the same factor"),
+    ("sampling", "training.batch down (completions at once: batch x steps_per_generation)"),
     ("both", "sampling.completion_limit down"),
     ("loss", "model.gradient_checkpointing: true"),
-    ("loss", "model.liger: true (GPU; fuses the logits away)"),
+    ("loss", "model.liger: true (GPU)"),
     ("both", "lora.enabled: true (no optimizer state for the whole model)"),
     ("both", "a smaller model.name"),
 )
@@ -114,7 +115,8 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     with _explained(adapter):
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     name = str(model.name_or_path)
-    if base and base != name and Path(base).name != Path(name).name:
+    same_starter = bool(base) and Path(str(base)).name == Path(name).name and Path(name).name.startswith("starter-")
+    if base and base != name and not same_starter:
         raise ModelError(f"adapter {adapter} was trained on {base}, not on {name}: set model.name to its base")
     with _explained(adapter):
         return PeftModel.from_pretrained(model, adapter).eval()  # type: ignore[return-value]
@@ -233,7 +235,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 class _explained:

@@ -116,18 +116,23 @@ class Run:
 
     # stages ---------------------------------------------------------------------------------------------------------
     def begin(
-        self, stage: str, sections: Sequence[str], inputs: Mapping[str, str], products: Sequence[str] = ()
+        self,
+        stage: str,
+        sections: Sequence[str],
+        inputs: Mapping[str, str],
+        products: Sequence[str] = (),
+        resumable: Sequence[str] = (),
     ) -> dict[str, Any] | None:
         """Start a stage, or return its outputs where it is already finished with the same key.
 
         `sections` are the config sections that the stage depends on, `inputs` names and hashes of what it reads. A
-        stage that was begun with another key is refused: nothing finished is overwritten. `products` are the files
-        and folders that the stage goes on from when it was begun before; without a record of it they belong to an
-        attempt that the user has asked to forget, and are removed.
+        stage that has something to lose under another key is refused: nothing finished is overwritten. Something to
+        lose: it is finished, or one of the patterns `resumable` is there. Otherwise the stage starts anew, without
+        the `products` (patterns too) of an attempt that failed, or that the user asked to forget.
         """
         key = {"config": self._sections(sections), "inputs": dict(inputs), "lock": lock_hash()}
         record = self._stage(stage)
-        if record is not None:
+        if record is not None and self._has_something_to_lose(record):
             differences = _differences(record["key"], key)
             if differences:
                 raise RunError(self._refusal(stage, differences))
@@ -136,8 +141,13 @@ class Run:
                 return dict(record["outputs"])
         else:
             self._forget(products)
-        self._write_stage(stage, {"key": key, "finished": False, "outputs": {}, "started": time.time()})
+        self._write_stage(
+            stage, {"key": key, "finished": False, "outputs": {}, "resumable": list(resumable), "started": time.time()}
+        )
         return None
+
+    def _has_something_to_lose(self, record: Mapping[str, Any]) -> bool:
+        return record["finished"] or any(any(self.folder.glob(pattern)) for pattern in record["resumable"])
 
     def _forget(self, products: Sequence[str]) -> None:
         for path in [found for product in products for found in self.folder.glob(product)]:
@@ -174,6 +184,8 @@ class Run:
     def check_config(self) -> None:
         """Refuse a config that differs from the one that this run's stages were begun with."""
         for stage, record in self.stages().items():
+            if not self._has_something_to_lose(record):
+                continue
             known = record["key"]
             now = {"config": self._sections(list(known["config"])), "inputs": known["inputs"], "lock": known["lock"]}
             differences = _differences(known, now)
@@ -260,6 +272,20 @@ def task_file_hash(config: Config) -> dict[str, str]:
     """A user's own task file and its hash, as an input of every stage that scores; {} for the shipped tasks."""
     name = config.task.name
     return {name: hash_file(resolve_path(name))} if name.endswith(".py") else {}
+
+
+def weights_hash(path: str) -> str:
+    """What tells one set of weights from another: the hash of a folder's weights and configs, or the Hub id."""
+    files = sorted(f for pattern in ("*.safetensors", "*.bin", "*config.json") for f in Path(path).glob(pattern))
+    return hashlib.sha256("".join(hash_file(file) for file in files).encode()).hexdigest() if files else path
+
+
+def base_hash(config: Config) -> dict[str, str]:
+    """The base policy as an input: the weights of a local folder, or the seed that the starter is made from."""
+    if config.model.name == "starter":
+        return {"starter seed": str(config.training.seed)} if config.starter.seed is None else {}
+    folder = resolve_path(config.model.name)
+    return {config.model.name: weights_hash(str(folder))} if folder.is_dir() else {}
 
 
 def lock_hash() -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from lib import WorkbenchError
 from lib.task import Message, Row
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-class StarterError(ValueError):
+class StarterError(WorkbenchError, ValueError):
     """No starter policy can be made of this; the message says what to change."""
 
 

@@ -179,7 +179,7 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
 
 
 def _import_task_module(name: str) -> ModuleType:
-    path = Path(name) if Path(name).is_absolute() else PROJECT_ROOT / name
+    path = PROJECT_ROOT / Path(name).expanduser()
     if name.endswith(".py"):
         if not path.is_file():
             raise TaskError(
@@ -190,7 +190,10 @@ def _import_task_module(name: str) -> ModuleType:
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError) as error:
+            raise TaskError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
         return module
     known = task_names()
     if name not in known:

@@ -52,6 +52,7 @@ def finished_reward(completions: list[Any], reward_value: list[float | None], **
 @cache
 def make_trainer_class() -> type[GRPOTrainer]:
     """The subclass. A function, because importing TRL takes seconds and this module must stay quick."""
+    import torch
     from trl import GRPOTrainer
 
     class RolloutTrainer(GRPOTrainer):
@@ -60,6 +61,8 @@ def make_trainer_class() -> type[GRPOTrainer]:
         source: Source
         phase = "starting"
         """What it is doing, for the message when memory runs out: sampling or loss."""
+        epochs_done = 0
+        """Whole epochs before the checkpoint that training goes on from."""
         left_out_scale = 1.0
         """Rows of the generation batch over those with a trained token: see ROW_MEANS."""
 
@@ -85,6 +88,13 @@ def make_trainer_class() -> type[GRPOTrainer]:
                 None,
                 [],
             )
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            # One generator draws the order of every epoch: after a resume it has to pass over those that are done.
+            sampler: Any = super()._get_train_sampler(dataset)
+            for _ in range(self.epochs_done if sampler.shuffle else 0):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+            return sampler
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
             loss: torch.Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]

@@ -28,14 +28,84 @@ class NeverStop:
         return False
 
 
-def train(name: str, workspace: Path, **overrides: Any) -> tuple[Run, Path | None]:
+class StopAfter:
+    """Asks to stop when it has been looked at so many times: once a step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def requested(self) -> bool:
+        self.steps -= 1
+        return self.steps <= 0
+
+
+def train(
+    name: str, workspace: Path, stop: local.StopSignal | None = None, **overrides: Any
+) -> tuple[Run, Path | None]:
     """Two steps on the smoke config, with the session's starter policy."""
     paths = {"paths.outputs": str(workspace / "outputs"), "paths.cache": str(workspace / "cache")}
     config = load_config(SMOKE, {**paths, "training.steps": 2, **overrides})
     task = load_task(config.task.name, **config.task.params)
     run = open_run(name, config)
     prepare(task, run)
-    return run, local.train(config, task, run.read_rows("train"), run, NeverStop())
+    return run, local.train(config, task, run.read_rows("train"), run, stop or NeverStop())
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+EPOCHS = {"training.steps": -1, "training.epochs": 2, "training.batch": 64, "training.save_steps": 1000}
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
+def test_a_run_stopped_in_any_epoch_resumes_bit_identical(chain: Any, workspace: Path, stop_after: int) -> None:
+    policy = str(next((workspace / "cache" / "starter").glob("starter-*")))
+    settings = EPOCHS | {"task.generate_rows": 64, "model.name": policy}  # 48 rows, 16 a step: 3 steps an epoch
+    whole, adapter = train("epochs", workspace, **settings)
+    broken, nothing = train(f"epochs-{stop_after}", workspace, StopAfter(stop_after), **settings)
+    assert adapter is not None and nothing is None and len(broken.metrics()) == stop_after
+    _, resumed = train(f"epochs-{stop_after}", workspace, **settings)
+    assert resumed is not None and same(adapter, resumed)
+    assert [r["row"] for r in broken.rollouts()] == [r["row"] for r in whole.rollouts()]
+
+
+def test_a_run_killed_after_its_last_checkpoint_only_saves(chain: Any, workspace: Path) -> None:
+    import shutil
+
+    _, adapter = train("last", workspace)
+    assert adapter is not None
+    kept = adapter.with_name("kept")
+    shutil.move(adapter, kept)
+    again, adapter = train("last", workspace)
+    assert adapter is not None and same(adapter, kept)
+    assert [record["step"] for record in again.metrics()] == [1, 2]
+
+
+def test_steps_that_go_on_with_earlier_samples_are_logged_too(chain: Any, workspace: Path) -> None:
+    run, _ = train("iterations", workspace, **{"training.iterations": 2, "training.steps": 4})
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3, 4]
+    assert {record["step"] for record in run.rollouts()} == {1, 3}
+
+
+def test_a_models_own_generation_defaults_do_not_change_the_evaluation(chain: Any, workspace: Path) -> None:
+    from lib import models
+    from lib.generate import Chat, end_ids, local_sample
+
+    config = load_config(SMOKE)
+    policy = str(next((workspace / "cache" / "starter").glob("starter-*")))
+    chat = Chat(models.load_tokenizer(policy, config.model))
+    prompts = [
+        chat.prompt_ids([{"role": "user", "content": f"hour {hour:02d} storage 3 demand 2"}]) for hour in range(8)
+    ]
+    answers = []
+    for penalty in (1.0, 1.8):
+        model = models.load_model(policy, config.model)
+        model.generation_config.repetition_penalty = penalty
+        chat.end_ids = frozenset(end_ids(model, chat.tokenizer))
+        answers.append(local_sample(model, chat, config.evaluation, 12, greedy=True)(prompts)[0])
+    assert answers[0] == answers[1]
 
 
 def test_full_fine_tuning_writes_a_whole_model_that_loads_by_itself(chain: Any, workspace: Path) -> None:

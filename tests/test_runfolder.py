@@ -338,16 +338,22 @@ def test_a_stage_begins_ends_and_is_skipped_from_then_on(run: Run) -> None:
 
 
 def test_forgetting_a_stage_forgets_what_it_made_and_going_on_keeps_it(run: Run) -> None:
-    products = ("checkpoints", "metrics.jsonl")
-    assert run.begin("training", ["task"], {}, products) is None
+    products, resumable = ("checkpoints", "metrics.jsonl"), ("checkpoints/step-*",)
+    assert run.begin("training", ["task"], {}, products, resumable) is None
     made = [run.path("checkpoints", "step-2", "x"), run.path("metrics.jsonl"), run.path("rows", "train.jsonl")]
     for path in made:
         path.write_text("1\n")
-    assert run.begin("training", ["task"], {}, products) is None
+    assert run.begin("training", ["task"], {}, products, resumable) is None
     assert all(path.is_file() for path in made)  # begun before: it goes on from there
     (run.folder / "stages" / "training.json").unlink()  # what the refusal tells a user to do
-    assert run.begin("training", ["task"], {}, products) is None
+    assert run.begin("training", ["task"], {}, products, resumable) is None
     assert [path.exists() for path in made] == [False, False, True]
+
+
+def test_a_stage_that_failed_before_it_made_anything_takes_other_settings(tmp_path: Path, run: Run) -> None:
+    assert run.begin("data", ["task"], {"table.csv": "broken"}) is None
+    mended = open_run("first", config(tmp_path, task={"name": "decisions", "tau": 2.0}))
+    assert mended.begin("data", ["task"], {"table.csv": "mended"}) is None
 
 
 def test_a_stage_that_was_not_begun_cannot_end(run: Run) -> None:
@@ -370,7 +376,8 @@ def test_another_config_is_refused_with_the_key_and_both_values(tmp_path: Path, 
 
 
 def test_another_input_is_refused_by_its_name(run: Run) -> None:
-    run.begin("training", ["training"], {"rows/train.jsonl": "aaa"})
+    run.begin("training", ["training"], {"rows/train.jsonl": "aaa"}, resumable=("checkpoints/step-*",))
+    run.path("checkpoints", "step-2", "logs.json").write_text("{}")
     with pytest.raises(
         RunError, match=r"has begun its stage 'training'.*inputs\.rows/train\.jsonl was 'aaa', now 'bbb'"
     ):
@@ -379,6 +386,7 @@ def test_another_input_is_refused_by_its_name(run: Run) -> None:
 
 def test_another_lock_is_refused_when_the_stage_is_asked_for(run: Run) -> None:
     run.begin("data", ["task"], {})
+    run.end("data", {})
     path = run.folder / "stages" / "data.json"
     record = json.loads(path.read_text())
     record["key"]["lock"] = "0123456789abcdef"

@@ -214,10 +214,11 @@ def test_the_overridden_method_returns_eight_items_that_its_caller_unpacks_in_ou
     ]  # fmt: skip
 
 
-def test_the_subclass_is_made_once_and_overrides_two_methods_only() -> None:
+def test_the_subclass_is_made_once_and_overrides_three_methods_only() -> None:
     subclass = make_trainer_class()
     assert make_trainer_class() is subclass and subclass.__bases__ == (GRPOTrainer,)
-    assert {name for name in vars(subclass) if callable(vars(subclass)[name])} == {"_generate", "_compute_loss"}
+    overridden = {name for name in vars(subclass) if callable(vars(subclass)[name])}
+    assert overridden == {"_generate", "_compute_loss", "_get_train_sampler"}
 
 
 def test_finished_rewards_are_handed_on_as_they_came() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
 from lib.log import echo, scrub, start_logging
-from lib.runfolder import Run, exclusive, hash_file, read_run, task_file_hash
+from lib.runfolder import Run, base_hash, exclusive, hash_file, read_run, task_file_hash
 from lib.task import Row, Task, load_task
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training
 """The config sections that decide what training produces."""
 
 PRODUCTS = ("checkpoints", "adapter", "model", "rollouts.jsonl", "metrics.jsonl")
+
+RESUMABLE = ("checkpoints/step-*",)
 
 STOPPED = 75
 """Exit status of a child that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again later)."""
@@ -71,7 +73,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, watch: Watc
     step: interrupting this call asks it to stop after its step and a checkpoint. `watch` gets all metrics at most
     once a second.
     """
-    done = run.begin(STAGE, SECTIONS, _inputs(config, run), PRODUCTS)
+    done = run.begin(STAGE, SECTIONS, _inputs(config, run), PRODUCTS, RESUMABLE)
     if done is None:
         _run_child(run, watch)
         done = run.outputs(STAGE)
@@ -109,7 +111,8 @@ def last_step(run: Run) -> int:
 
 
 def _inputs(config: Config, run: Run) -> dict[str, str]:
-    return {"rows/train.jsonl": hash_file(run.path("rows", "train.jsonl")), **task_file_hash(config)}
+    rows = {"rows/train.jsonl": hash_file(run.path("rows", "train.jsonl"))}
+    return rows | task_file_hash(config) | base_hash(config)
 
 
 def _run_child(run: Run, watch: Watch | None) -> None:
@@ -126,13 +129,18 @@ def _run_child(run: Run, watch: Watch | None) -> None:
         start_new_session=True,
     )
     tail: list[str] = []
+    asked = False
     while True:
         try:
             _follow(child, run, watch, tail)
             break
         except KeyboardInterrupt:
-            if child.poll() is None:
-                child.terminate()  # the child finishes its step and checkpoints; a second interrupt only repeats this
+            if child.poll() is not None:
+                continue
+            if asked:  # a step that never ends cannot be waited for
+                os.killpg(child.pid, signal.SIGKILL)
+            child.terminate()  # the child finishes its step and checkpoints
+            asked = True
     _explain(child.returncode, run, tail)
 
 

@@ -65,7 +65,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     if checkpoint:
         logger.info("training: resuming from %s", checkpoint.name)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _train_or_load(trainer, checkpoint)
     except Exception as error:
         if models.is_out_of_memory(error):
             raise LocalError(models.out_of_memory_advice(trainer.phase, config)) from error
@@ -79,6 +79,20 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     if trainer.state.global_step < trainer.state.max_steps:
         return None
     return _save(trainer, run, "adapter" if config.lora.enabled else "model")
+
+
+def _train_or_load(trainer: Any, checkpoint: Path | None) -> None:
+    """Train on from a checkpoint; from the very last one only load it (TRL would add a step)."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if state["global_step"] < state["max_steps"]:
+        trainer.epochs_done = int(state["epoch"])
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state.global_step = trainer.state.max_steps = state["global_step"]
 
 
 def free_disk(run: Run) -> int:
@@ -137,12 +151,12 @@ class RolloutSource:
 
         scored = collect(self.task, [self.rows[index] for index in indices], batched(self.chat, sample))
         step = trainer.state.global_step + 1
-        check_unscored((s.score for s in scored), self.config.rewards.max_unscored, f"step {step}")
         if self.passes_before is None:
             self.passes_before = trainer.state.global_step * self.config.training.accumulation
         micro_step = self.passes_before + trainer._step
         self._warn_of_masked(scored, step)
         self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
+        check_unscored((s.score for s in scored), self.config.rewards.max_unscored, f"step {step}")
         return to_batch(scored, group)
 
     def _warn_of_masked(self, scored: Sequence[Scored], step: int) -> None:
@@ -275,6 +289,8 @@ def trl_arguments(config: Config, run: Run, checkpointing: bool) -> dict[str, An
         "top_k": sampling.top_k,
         "use_vllm": sampling.engine == "vllm",
         "vllm_gpu_memory_utilization": 0.5,
+        "vllm_importance_sampling_mode": "token_truncate",  # the default can zero whole answers
+        "trust_remote_code": config.model.trust_remote_code,
         "seed": training.seed,
         "gradient_checkpointing": checkpointing,
         "use_liger_kernel": config.model.liger,
@@ -335,13 +351,14 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
         """Writes metrics and progress, completes checkpoints, and stops where asked."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if not logs or "reward" not in logs:
+            if not logs or "loss" not in logs:  # the last log of all is a summary
                 return
             numbers = plain({name: value for name, value in logs.items() if not name.startswith("rewards/")})
             run.append(
                 "metrics.jsonl", [{"step": state.global_step, "time": round(time.monotonic() - started, 3), **numbers}]
             )
-            reward = "none" if numbers["reward"] is None else f"{numbers['reward']:.4f}"
+            # A step that goes on with samples of an earlier one has no reward of its own.
+            reward = "none" if numbers.get("reward") is None else f"{numbers['reward']:.4f}"
             logger.info("step %d/%d loss %.4f reward %s", state.global_step, state.max_steps, numbers["loss"], reward)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
