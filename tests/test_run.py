@@ -192,10 +192,12 @@ def test_a_run_of_other_settings_is_refused_before_a_kernel_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(SMOKE, {"paths.outputs": str(tmp_path / "outputs")})
-    open_run("old", config).begin("training", ["training"], {})
+    old = open_run("old", config)
+    old.begin("training", ["training"], {})
+    old.end("training", {})
     assert run(tmp_path, "run_name=old", "training.steps=9") == 2
     shown = capsys.readouterr()
-    assert "run 'old' has begun its stage 'training' with other settings: training.steps was 4, now 9" in shown.err
+    assert "run 'old' has finished its stage 'training' with other settings: training.steps was 4, now 9" in shown.err
     assert "==>" not in shown.out
 
 

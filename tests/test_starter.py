@@ -354,7 +354,12 @@ def test_trl_trains_it_from_the_folder_and_peft_loads_the_adapter(
 def engine(starter: Path) -> Iterator[Any]:
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
         os.environ.setdefault(name, value)
-    vllm = pytest.importorskip("vllm")
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() and not torch.cuda.is_available():
+        pytest.skip("the CUDA build of vLLM is installed and there is no GPU: it cannot run here")
     yield vllm.LLM(str(starter), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
 
 

@@ -13,8 +13,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ RESUMABLE = ("checkpoints/step-*",)
 
 STOPPED = 75
 """Exit status of a child that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again later)."""
+
+_GRACE = 5.0
+"""Seconds that a finished child's own helpers get to finish as well."""
 
 Watch = Callable[[list[dict[str, Any]], bool], None]
 """Gets all metrics so far, and whether they are the last."""
@@ -128,6 +133,7 @@ def _run_child(run: Run, watch: Watch | None) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
+    threading.Thread(target=_end_group, args=(child,), daemon=True).start()
     tail: list[str] = []
     asked = False
     while True:
@@ -142,6 +148,14 @@ def _run_child(run: Run, watch: Watch | None) -> None:
             child.terminate()  # the child finishes its step and checkpoints
             asked = True
     _explain(child.returncode, run, tail)
+
+
+def _end_group(child: subprocess.Popen[str]) -> None:
+    """End what a dead child leaves behind (a tracker's or an engine's helper): it would keep our pipe open for ever."""
+    child.wait()
+    time.sleep(_GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _follow(child: subprocess.Popen[str], run: Run, watch: Watch | None, tail: list[str]) -> None:

@@ -327,6 +327,8 @@ def _make_trainer(config: Config, model: Any, tokenizer: Any, kept: Sequence[int
     # TRL warns about every rollout without a reward, reward and prompt included: here they are counted instead.
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     checkpointing = models.gradient_checkpointing(config.model, model)
+    if config.sampling.engine == "vllm":
+        logger.info("engine: starting vLLM, which takes half of the GPU's memory; the first start takes minutes")
     trainer = make_trainer_class()(
         model=model,
         reward_funcs=finished_reward,
@@ -359,7 +361,10 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
             )
             # A step that goes on with samples of an earlier one has no reward of its own.
             reward = "none" if numbers.get("reward") is None else f"{numbers['reward']:.4f}"
-            logger.info("step %d/%d loss %.4f reward %s", state.global_step, state.max_steps, numbers["loss"], reward)
+            empty = numbers.get("groups/empty")
+            note = f" ({empty:.0%} of the groups without a valid answer)" if empty else ""
+            progress = f"{state.global_step}/{state.max_steps}"
+            logger.info("step %s loss %.4f reward %s%s", progress, numbers["loss"], reward, note)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             boundary = (state.global_step * training.accumulation) % window == 0
