@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lib import models
 from lib.config import Config, resolve_path
-from lib.generate import Chat, batched, end_ids, local_sample
+from lib.generate import Chat, batched, end_ids, local_sample, within_limit
 from lib.paired import Gain, Summary, compare, summarize
 from lib.rollout import BatchGenerate, check_unscored, collect
 from lib.runfolder import (
@@ -182,7 +182,7 @@ def _answer_missing(
         whole = policy.path if policy.path and not policy.is_adapter else source
         tokenizer = models.load_tokenizer(whole, config.model)
         chat = Chat(tokenizer, end_ids(model, tokenizer))
-        asked = _within_limit(config, rows, chat)
+        asked = _asked_rows(config, rows, chat)
         for greedy in [g for p, g in missing if p.name == policy.name]:
             torch.manual_seed(config.evaluation.seed)
             sample = local_sample(model, chat, config.evaluation, config.sampling.completion_limit, greedy)
@@ -210,9 +210,9 @@ def _loaded(config: Config, source: str, policies: Iterable[Policy]) -> Iterator
         base = adapted.unload()  # type: ignore[operator]
 
 
-def _within_limit(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:
+def _asked_rows(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:
     limit = config.sampling.prompt_limit
-    kept = [row for row in rows if len(chat.prompt_ids(row["prompt"], row.get("tools"))) <= limit]
+    kept = [rows[index] for index in within_limit(rows, chat, limit)]
     if len(kept) < len(rows):
         logger.info(
             "evaluation: %d of %d rows left out, over sampling.prompt_limit %d", len(rows) - len(kept), len(rows), limit

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.config import EvaluationSection
 from lib.rollout import BatchGenerate, Request
-from lib.task import Generate, Message, Turn
+from lib.task import Generate, Message, Row, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +101,11 @@ class Chat:
             json.loads(messages), tools=json.loads(tools) or None, add_generation_prompt=True, return_dict=False
         )
         return tuple(ids)
+
+
+def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
+    """Indices of the rows whose prompt has at most `limit` tokens: one filter for inspection, training, evaluation."""
+    return [i for i, row in enumerate(rows) if len(chat.prompt_ids(row["prompt"], row.get("tools"))) <= limit]
 
 
 def harmony_message(text: str) -> Message:

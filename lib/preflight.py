@@ -15,10 +15,10 @@ from typing import Any
 from lib import models
 from lib.config import Config
 from lib.evaluate import answer_rows
-from lib.generate import Chat, batched, end_ids, local_sample
+from lib.generate import Chat, batched, end_ids, local_sample, within_limit
 from lib.rollout import submit
 from lib.runfolder import Run
-from lib.task import Rollout, Row, Score, Task
+from lib.task import Rollout, Row, Score, Task, TaskError
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,17 @@ def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list
     import torch
 
     rows = run.read_rows("train")
-    chosen = random.Random(config.training.seed).sample(range(len(rows)), min(prompts, len(rows)))
     source = models.resolve_model(config, rows)
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model)
     chat = Chat(tokenizer, end_ids(model, tokenizer))
+    order = random.Random(config.training.seed).sample(range(len(rows)), min(4 * prompts, len(rows)))
+    short = within_limit([rows[i] for i in order], chat, config.sampling.prompt_limit)
+    chosen = [order[i] for i in short][:prompts]
+    if not chosen:
+        raise TaskError(
+            f"no prompt of {len(order)} looked at fits sampling.prompt_limit {config.sampling.prompt_limit}"
+        )
     as_trained = config.evaluation.model_copy(
         update=config.sampling.model_dump(include={"temperature", "top_p", "top_k"})
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lib import WorkbenchError, models, without
 from lib.config import Config
-from lib.generate import Chat, batched
+from lib.generate import Chat, batched, within_limit
 from lib.rollout import Scored, check_unscored, collect, to_tokens
 from lib.runfolder import Run, atomic_file, plain, read_lines
 from lib.task import Row, Task
@@ -55,7 +55,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model, train_all=not config.lora.enabled)
     chat = Chat(tokenizer)
-    kept = within_limit(rows, chat, config.sampling.prompt_limit)
+    kept = _kept_rows(rows, chat, config.sampling.prompt_limit)
     _check_rows(config, len(kept))
     checkpoint = last_checkpoint(run)
     run.cut_logs(json.loads((checkpoint / "logs.json").read_text()) if checkpoint else {})
@@ -100,9 +100,9 @@ def free_disk(run: Run) -> int:
     return shutil.disk_usage(run.folder).free
 
 
-def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
-    """Indices of the rows whose prompt has at most `limit` tokens; the others are counted and left out."""
-    kept = [i for i, row in enumerate(rows) if len(chat.prompt_ids(row["prompt"], row.get("tools"))) <= limit]
+def _kept_rows(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
+    """The rows to train on: prompts over the limit are counted and left out."""
+    kept = within_limit(rows, chat, limit)
     dropped = len(rows) - len(kept)
     logger.info("training: %d rows, %d dropped over sampling.prompt_limit %d tokens", len(kept), dropped, limit)
     if not kept:
