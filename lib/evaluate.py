@@ -156,11 +156,10 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
             f"run {run.name!r} has no {final.name}/ yet: run notebook 3_grpo_training first, or set evaluation.adapter "
             f"(or evaluation.model) to a folder or Hub id"
         )
-    folders = sorted((run.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     last = (run.outputs("training") or {}).get("steps")
     checkpoints = [
         Policy(folder.name, str(folder), is_adapter)
-        for folder in folders
+        for folder in run.checkpoints()
         if config.evaluation.checkpoints and folder.name != f"step-{last}"
     ]
     return [base, *checkpoints, Policy(final.name, str(final), is_adapter)]

@@ -95,6 +95,11 @@ class Run:
             return list(read_lines(path))
         return [json.loads(line) for line in _last_lines(path, last)]
 
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, step-N, in order of N."""
+        found = (self.folder / "checkpoints").glob("step-*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
     def log_sizes(self) -> dict[str, int]:
         """Bytes of each log now; a checkpoint keeps them so that a resume can cut back to it."""
         return {log: self._size(log) for log in LOGS}

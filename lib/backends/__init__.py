@@ -111,8 +111,8 @@ def train_child(folder: str) -> int:
 
 def last_step(run: Run) -> int:
     """The newest complete checkpoint's step; 0 where there is none."""
-    steps = [int(path.name.removeprefix("step-")) for path in (run.folder / "checkpoints").glob("step-*")]
-    return max(steps, default=0)
+    found = run.checkpoints()
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def _inputs(config: Config, run: Run) -> dict[str, str]:

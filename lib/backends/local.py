@@ -125,7 +125,7 @@ def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint: a step-N folder gets its name only once everything is in it."""
     for unfinished in (run.folder / "checkpoints").glob("checkpoint-*"):
         shutil.rmtree(unfinished)  # a kill or a full disk came in between
-    found = sorted((run.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = run.checkpoints()
     return found[-1] if found else None
 
 
