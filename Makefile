@@ -17,6 +17,7 @@ setup: ## install everything into .venv from one lock (quick when nothing change
 run: setup ## the whole chain of notebooks on CONFIG=configs/decisions.yaml
 	@$(python) -m lib.run all $(CONFIG) $(ARGS)
 
+test: export TESTS = 1
 test: setup ## the tests (ARGS="-k ledger" for some)
 	@$(python) -m pytest $(ARGS)
 

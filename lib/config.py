@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,9 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib import PROJECT_ROOT, WorkbenchError
+from lib.gpu import NONE, parse_gpu
+from lib.places import locate
 from lib.task import describe_invalid, nearest
 
 SCHEMA = 1
+
+resolve_path = locate
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -198,6 +203,32 @@ class EvaluationSection(Section):
     """Evaluate this whole model (folder or Hub id) instead of the run's own."""
     prompts: str | None = None
     """Take the rows from this JSONL file of rows instead of the run's held-out ones."""
+    runs: tuple[str, ...] = ()
+    """Names of runs under paths.outputs, members of a sweep say: compare their results instead of this run's own."""
+
+    @field_validator("runs", mode="before")
+    @classmethod
+    def _is_a_list(cls, runs: Any) -> Any:
+        if isinstance(runs, str):
+            raise ValueError(f"give a list of run names: [{runs}]")
+        return runs
+
+    @field_validator("runs")
+    @classmethod
+    def _told_apart(cls, runs: tuple[str, ...]) -> tuple[str, ...]:
+        if "base" in runs:
+            raise ValueError("a run named 'base' cannot be told from the base policy: copy its folder to another name")
+        twice = sorted({name for name in runs if runs.count(name) > 1})
+        if twice:
+            raise ValueError(f"named twice: {', '.join(twice)}. Name every run once")
+        return runs
+
+    @model_validator(mode="after")
+    def _runs_or_weights(self) -> EvaluationSection:
+        if self.runs and (self.adapter or self.model):
+            other = "adapter" if self.adapter else "model"
+            raise ValueError(f"evaluation.runs and evaluation.{other} exclude each other: give one of them")
+        return self
 
 
 class TrackerSection(Section):
@@ -205,6 +236,57 @@ class TrackerSection(Section):
     project: str = "grpo-workbench"
     run: str | None = None
     """None = the run's name."""
+
+
+class CostSection(Section):
+    budget_usd: Positive | None = None
+    """Training stops after a checkpoint before the run's bill is over this; None = no limit."""
+    prices: str = "configs/prices.yaml"
+    """The dated price file."""
+
+
+class ModalSection(Section):
+    """The containers that a run gets on Modal."""
+
+    gpu: str | tuple[str, ...] = "A100-40GB"
+    """`H100`, `A100-80GB:4`, `none`; or several, tried in order."""
+    cpu: Annotated[float, Field(ge=0.125, le=64)] = 8.0
+    """Physical cores."""
+    memory: Annotated[float, Field(ge=0.125, le=336)] = 32.0
+    """GiB."""
+    timeout: Annotated[float, Field(ge=0.005, le=24)] = 4.0
+    """Hours that one attempt may take (Modal's limit is 24); the next attempt goes on from the last checkpoint."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """Attempts after the first that ran out of time or crashed; a preempted one does not count."""
+    secrets: tuple[str, ...] = ()
+    """Names of Modal secrets that the run needs."""
+    packages: tuple[str, ...] = ()
+    """More packages for the image, pinned: name==version."""
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu(cls, gpu: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        requests = (gpu,) if isinstance(gpu, str) else gpu
+        parsed = [parse_gpu(text) for text in requests]
+        if not parsed or (None in parsed and len(parsed) > 1) or len(set(parsed)) < len(parsed):
+            raise ValueError(f"name one GPU, several different ones to try in order, or `{NONE}` alone")
+        written = tuple(str(one) if one else NONE for one in parsed)
+        return written[0] if len(written) == 1 else written
+
+    @field_validator("packages")
+    @classmethod
+    def _pinned(cls, packages: tuple[str, ...]) -> tuple[str, ...]:
+        pinned = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?==[\w.+!-]+")
+        loose = [package for package in packages if not pinned.fullmatch(package)]
+        if loose:
+            raise ValueError(f"not pinned: {', '.join(loose)}. Write name==version: a rebuilt image is then the same")
+        return packages
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs to ask for in order; () for none."""
+        requests = (self.gpu,) if isinstance(self.gpu, str) else self.gpu
+        return () if requests == (NONE,) else requests
 
 
 class PathsSection(Section):
@@ -217,6 +299,8 @@ class Config(Section):
     task: TaskSection
     data: DataSection = DataSection()
     backend: Literal["local"] = "local"
+    where: Literal["here", "modal"] = "here"
+    """modal = notebook 3 trains in a Modal container and this process follows it."""
     model: ModelSection = ModelSection()
     starter: StarterSection = StarterSection()
     lora: LoraSection = LoraSection()
@@ -225,6 +309,8 @@ class Config(Section):
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracker: TrackerSection = TrackerSection()
+    cost: CostSection = CostSection()
+    modal: ModalSection = ModalSection()
     paths: PathsSection = PathsSection()
 
     @field_validator("schema_version")
@@ -271,12 +357,6 @@ def parse_config(values: Mapping[str, Any], where: str = "config") -> Config:
         raise ConfigError(f"{where} cannot be used:\n{describe_invalid(error, Config)}") from None
 
 
-def resolve_path(path: str | Path) -> Path:
-    """An absolute path; relative ones count from the project root, wherever the notebook or command started."""
-    path = Path(path).expanduser()
-    return path if path.is_absolute() else PROJECT_ROOT / path
-
-
 def check_key(key: str) -> None:
     """Refuse a dotted key that the config does not have, before a kernel starts. Task fields pass: load_task checks."""
     model: type[BaseModel] = Config
@@ -307,7 +387,7 @@ def known_keys() -> list[str]:
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice, where PyYAML would keep the last one without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -323,7 +403,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         known = sorted(str(p.relative_to(PROJECT_ROOT)) for p in (PROJECT_ROOT / "configs").rglob("*.yaml"))
         raise ConfigError(f"config not found: {path}.{nearest(path.name, known)}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except yaml.YAMLError as error:

@@ -24,7 +24,7 @@ from typing import Any, Self, overload
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from lib import PROJECT_ROOT
+from lib.places import locate
 from lib.tables import (
     CsvTable,
     JsonlTable,
@@ -111,7 +111,7 @@ class RowsTask(Task, frozen=True):
 
     def input_files(self) -> list[Path]:
         """The files that the fields name: they are hashed for the run and shipped with it."""
-        return table_files(resolve(self.path)) if self.path else []
+        return table_files(locate(self.path)) if self.path else []
 
     def renamed(self, record: Record) -> Record:
         """A record under our names; a column of the table that has one of our names but is not meant gives way."""
@@ -229,11 +229,6 @@ class _LazyRows(Sequence[Row]):
         if isinstance(index, slice):
             return _LazyRows(self._data, self._numbers[index])
         return self._data.at(self._numbers[index])
-
-
-def resolve(path: str) -> Path:
-    """A path of a config: relative ones start at the project root, never at the working directory."""
-    return PROJECT_ROOT / Path(path).expanduser()
 
 
 def _key(seed: int, identity: str) -> int:

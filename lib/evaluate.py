@@ -7,14 +7,17 @@ Owns which policies are evaluated, sampling, and the records in `evaluation/`. M
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import models
+from lib import WorkbenchError, models
 from lib.config import Config, resolve_path
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
+from lib.log import scrub
 from lib.paired import Gain, Summary, compare, summarize
 from lib.rollout import BatchGenerate, check_unscored, collect
 from lib.runfolder import (
@@ -24,13 +27,14 @@ from lib.runfolder import (
     base_hash,
     plain,
     read_lines,
+    read_run,
     task_file_hash,
     to_line,
     weights_hash,
     write_json,
 )
 from lib.tables import JsonlTable
-from lib.task import Row, Task
+from lib.task import Row, Task, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +59,13 @@ class Comparison(NamedTuple):
     gains: dict[str, Gain]
     """Gain of each policy over the base with the same decoding."""
     over_greedy_base: Gain | None
-    """The last policy's sampled answers against the base's greedy ones: what is more than sharpening."""
+    """The final policy's sampled answers against the base's greedy ones: what is more than sharpening."""
     final: str
+    """The policy that the result is about: the run's own, or the best of several runs."""
+    settings: dict[str, dict[str, Any]]
+    """Where evaluation.runs names runs: the config keys in which they differ, by run, the best sampled reward first."""
+    over_runner_up: Gain | None
+    """The best run's sampled answers against the second best's; chosen on these very rows, so it flatters the best."""
 
 
 def answer_rows(
@@ -86,7 +95,7 @@ def answer_rows(
 
 
 def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
-    """Evaluate base, checkpoints and result of a run (or what evaluation.adapter / .model name) on held-out rows.
+    """Evaluate base, checkpoints and result of a run (or what the config names instead) on its held-out rows.
 
     Resumable: a policy whose answers are on disk is not asked again. Raises UnscoredLimitError.
     """
@@ -99,7 +108,11 @@ def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
     if missing:
         _answer_missing(config, task, run, rows, missing)
     records = {_label(p.name, g): list(read_lines(_file(run, p.name, g))) for p, g in wanted}
-    comparison = compare_policies(records, policies[-1].name, lowest=task.reward_range[0])
+    lowest = task.reward_range[0]
+    if config.evaluation.runs:
+        comparison = compare_runs(records, where_runs_differ(config), lowest)
+    else:
+        comparison = compare_policies(records, policies[-1].name, lowest)
     for label, gain in comparison.gains.items():
         logger.info(
             "evaluation: gain of %s %+.4f [%+.4f, %+.4f] on %d rows", label, gain.mean, gain.low, gain.high, gain.n
@@ -126,7 +139,38 @@ def compare_policies(records: dict[str, list[dict[str, Any]]], final: str, lowes
         gains=gains,
         over_greedy_base=compare(greedy_base, sampled) if greedy_base and final != BASE else None,
         final=final,
+        settings={},
+        over_runner_up=None,
     )
+
+
+def compare_runs(
+    records: dict[str, list[dict[str, Any]]], settings: Mapping[str, dict[str, Any]], lowest: float = 0.0
+) -> Comparison:
+    """`compare_policies` for the runs that `settings` names: the best is final, and is paired with the runner-up.
+
+    Best = by sampled reward, a masked answer counted as the lowest: a policy that is right only where it is valid
+    would win otherwise.
+    """
+    best, *others = sorted(settings, key=lambda name: -_rank(summarize(name, records[_label(name, False)], lowest)))
+    over = compare(records[_label(others[0], False)], records[_label(best, False)]) if others else None
+    ranked = {name: settings[name] for name in (best, *others)}
+    return compare_policies(records, best, lowest)._replace(settings=ranked, over_runner_up=over)
+
+
+def _rank(summary: Summary) -> float:
+    """What runs are ordered by; nothing scored comes last."""
+    value = summary.reward_with_invalid
+    return -math.inf if math.isnan(value) else value
+
+
+def where_runs_differ(config: Config) -> dict[str, dict[str, Any]]:
+    """By run that evaluation.runs names: the dotted config keys of its training in which they do not all agree."""
+    known = {name: _trained_with(_read_named(config, name)) for name in config.evaluation.runs}
+    first = next(iter(known.values()))
+    keys = dict.fromkeys(key for values in known.values() for key in values)
+    differing = [key for key in keys if any(values.get(key) != first.get(key) for values in known.values())]
+    return {name: {key: values.get(key) for key in differing} for name, values in known.items()}
 
 
 def held_out_rows(config: Config, run: Run) -> Sequence[Row]:
@@ -142,8 +186,10 @@ def held_out_rows(config: Config, run: Run) -> Sequence[Row]:
 
 
 def policies_of(config: Config, run: Run) -> list[Policy]:
-    """The base first, then the run's checkpoints in order, then its result; or the one that the config names."""
+    """The base first, then the run's checkpoints in order, then its result; or what the config names."""
     base = Policy(BASE, None, False)
+    if config.evaluation.runs:
+        return [base, *_named_policies(config, run)]
     named = config.evaluation.adapter or config.evaluation.model
     if named:
         path = str(resolve_path(named)) if resolve_path(named).is_dir() else named
@@ -165,9 +211,92 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
     return [base, *checkpoints, Policy(final.name, str(final), is_adapter)]
 
 
+def _named_policies(config: Config, run: Run) -> list[Policy]:
+    """The results of the runs that evaluation.runs names; every one that cannot be compared here is said at once."""
+    source = _source(config, run)
+    found: list[Policy] = []
+    problems: list[str] = []
+    for name in config.evaluation.runs:
+        try:
+            found.append(_result_of(_read_named(config, name), source))
+        except WorkbenchError as error:
+            problems.append(f"- {name}: {error}")
+    if problems:
+        listed = "\n".join(problems)
+        raise RunError(f"evaluation.runs names runs that cannot be compared here:\n{listed}\nMend or leave them out.")
+    _warn_of_other_tasks(config)
+    return found
+
+
+def _read_named(config: Config, name: str) -> Run:
+    outputs = resolve_path(config.paths.outputs)
+    known = [path.parent.name for path in outputs.glob("*/config.json")]
+    if name not in known:
+        raise RunError(f"there is no such run in {outputs}.{nearest(name, known)}")
+    return read_run(outputs / name)
+
+
+def _result_of(named: Run, source: str) -> Policy:
+    """What a run's training made, where it was made on the base policy `source`."""
+    path = (named.outputs("training") or {}).get("path")
+    if path is None or not (named.folder / path).is_dir():
+        raise RunError(f"it has no result yet: run notebook 3_grpo_training with run_name={named.name!r} first")
+    policy = Policy(named.name, str(named.folder / path), path == "adapter")
+    base = _base_of(named, policy)
+    if not _same_base(base, source):
+        raise RunError(
+            f"it was trained on {base}, and this run's base is {source}: give them one base (the same model.name; with "
+            f"the starter the same train rows and starter.seed)"
+        )
+    return policy
+
+
+def _base_of(named: Run, policy: Policy) -> str:
+    """The folder or Hub id that a result was trained from: as its adapter says, or a whole model's config."""
+    recorded = json.loads((Path(str(policy.path)) / "adapter_config.json").read_text()) if policy.is_adapter else {}
+    return str(recorded.get("base_model_name_or_path") or _source(named.config, named))
+
+
+def _same_base(one: str, other: str) -> bool:
+    """A starter's folder is named by its content, wherever it lies."""
+    return one == other or (Path(one).name == Path(other).name and Path(one).name.startswith("starter-"))
+
+
+def _trained_with(named: Run) -> dict[str, Any]:
+    """The config that a run's training was begun with, by dotted keys: all that decided its result."""
+    return flat(named.stages()["training"]["key"]["config"])
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _warn_of_other_tasks(config: Config) -> None:
+    """Another task's rewards mean something else, and its training rows may be among these held-out ones."""
+    here = flat({"task": config.as_json()["task"]})
+    for name in config.evaluation.runs:
+        there = flat({"task": _read_named(config, name).config.as_json()["task"]})
+        keys = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+        if keys:
+            logger.warning(
+                "evaluation: run %s had other task settings (%s): it may have been trained on some of these rows",
+                name,
+                ", ".join(f"{key} {there.get(key)!r}, here {here.get(key)!r}" for key in keys),
+            )
+
+
+def _source(config: Config, run: Run) -> str:
+    """The folder or Hub id of a run's base policy."""
+    return models.resolve_model(config, run.read_rows("train") if config.model.name == models.STARTER else [])
+
+
 def _decodings(config: Config, policy: Policy, final: Policy) -> list[bool]:
-    """Sampled for every policy; greedy (True) also for the first and the last, where asked for."""
-    both = config.evaluation.greedy and policy.name in (BASE, final.name)
+    """Sampled for every policy; greedy (True) also for base, result and named runs, where asked for."""
+    both = config.evaluation.greedy and (policy.name in (BASE, final.name) or bool(config.evaluation.runs))
     return [False, True] if both else [False]
 
 
@@ -176,7 +305,7 @@ def _answer_missing(
 ) -> None:
     import torch
 
-    source = models.resolve_model(config, run.read_rows("train") if config.model.name == models.STARTER else [])
+    source = _source(config, run)
     for policy, model in _loaded(config, source, [policy for policy, _ in missing]):
         whole = policy.path if policy.path and not policy.is_adapter else source
         tokenizer = models.load_tokenizer(whole, config.model)
@@ -227,14 +356,14 @@ def _inputs(policies: Iterable[Policy], rows: Sequence[Row]) -> dict[str, str]:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(to_line(row).encode())
-    weights = {p.name: weights_hash(p.path) for p in policies if p.path}
+    weights = {f"weights of {p.name}": weights_hash(p.path) for p in policies if p.path}  # a run may be called "rows"
     return {"rows": digest.hexdigest(), **weights}
 
 
 def _keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     with atomic_file(path) as file:
         for record in records:
-            file.write(to_line(record))
+            file.write(scrub(to_line(record)))
 
 
 def _file(run: Run, policy: str, greedy: bool) -> Path:
@@ -246,12 +375,15 @@ def _label(policy: str, greedy: bool) -> str:
 
 
 def _as_json(comparison: Comparison) -> dict[str, Any]:
-    over = comparison.over_greedy_base
+    over, best = comparison.over_greedy_base, comparison.over_runner_up
     values: dict[str, Any] = plain(
         {
             "policies": [summary._asdict() for summary in comparison.summaries],
             "gains": {label: gain._asdict() for label, gain in comparison.gains.items()},
             "over_greedy_base": over._asdict() if over else None,
+            "final": comparison.final,
+            "settings": comparison.settings,
+            "over_runner_up": best._asdict() if best else None,
         }
     )
     return values

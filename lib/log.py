@@ -7,24 +7,71 @@ Owns the handlers and the scrubbing of secrets. Must not know what is logged.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_PAT)(_ID|_\d+)?$", re.IGNORECASE)
+SECRETS = "WORKBENCH_SECRETS"
+"""Environment variable: names of more variables that hold secrets, with commas between."""
+
 _SHORTEST_SECRET = 8
 """Shorter values ("1", "none") would blank out ordinary text."""
 
 
 def scrub(text: str) -> str:
-    """The text with the value of every secret-looking environment variable replaced by its name."""
-    secrets = {value: name for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-    for value in sorted(secrets, key=len, reverse=True):  # one secret may begin with another
-        if len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, f"<{secrets[value]}>")
+    """The text with the value of every secret environment variable replaced by its name.
+
+    Secret are the variables whose names look like it, and those that SECRETS names.
+    """
+    named = set(os.environ.get(SECRETS, "").split(","))
+    forms: dict[str, str] = {}
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) or name in named:
+            forms |= dict.fromkeys(_forms(value), name)
+    for form in sorted(forms, key=len, reverse=True):  # one secret may begin with another
+        text = text.replace(form, f"<{forms[form]}>")
     return text
+
+
+def name_secrets(names: Iterable[str]) -> None:
+    """Have the values of more environment variables scrubbed, here and in child processes."""
+    known = {name for name in os.environ.get(SECRETS, "").split(",") if name}
+    os.environ[SECRETS] = ",".join(sorted(known.union(names)))
+
+
+def _forms(value: str) -> set[str]:
+    """How a secret can stand in a text: as it is, as a string of JSON, and each line of one that has several."""
+    parts = {value, *value.splitlines()}
+    written = {json.dumps(part, ensure_ascii=ascii)[1:-1] for part in parts for ascii in (True, False)}
+    return {form for form in parts | written if len(form) >= _SHORTEST_SECRET}
+
+
+class ScrubbedStream:
+    """A text stream that passes on whole lines only, without secrets: one could stand across two writes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._rest = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        self._stream.write("".join(scrub(line) + "\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Pass on what is left after the last line end; the stream itself stays open."""
+        if self._rest:
+            self._stream.write(scrub(self._rest) + "\n")
+            self._rest = ""
+        self._stream.flush()
 
 
 class _Scrubbed(logging.Formatter):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lib import models
 from lib.config import Config
 from lib.generate import Chat
+from lib.places import input_name
 from lib.runfolder import Run, hash_file, task_file_hash
 from lib.task import Row, Split, Task, TaskError
 
@@ -27,7 +29,7 @@ SPLITS: tuple[Split, ...] = ("train", "eval")
 
 def prepare(task: Task, run: Run) -> dict[str, int]:
     """Write the rows of both splits into the run folder, once; returns how many of each."""
-    inputs = {str(path): hash_file(path) for path in task.input_files()} | task_file_hash(run.config)
+    inputs = _hashes(task.input_files()) | task_file_hash(run.config)
     done = run.begin(STAGE, SECTIONS, inputs, products=("rows",))
     if done is None:
         counts: dict[str, int] = {split: run.write_rows(split, map(_checked, task.rows(split))) for split in SPLITS}
@@ -36,6 +38,18 @@ def prepare(task: Task, run: Run) -> dict[str, int]:
         done = run.end(STAGE, counts)
     logger.info("data: %s", ", ".join(f"{done[split]} {split} rows" for split in SPLITS))
     return {split: int(done[split]) for split in SPLITS}
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    """The hash of every file by its name; files of one name (of several folders outside) are told apart by number."""
+    hashes: dict[str, str] = {}
+    for path in files:
+        name, number = input_name(path), 1
+        while name in hashes:
+            number += 1
+            name = f"{input_name(path)} ({number})"
+        hashes[name] = hash_file(path)
+    return hashes
 
 
 def open_chat(config: Config, run: Run) -> Chat:

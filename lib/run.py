@@ -19,6 +19,7 @@ from lib import PROJECT_ROOT, WorkbenchError, without
 
 if TYPE_CHECKING:
     from lib.config import Config
+    from lib.task import Task
 
 CHAIN = ("1_data_prep", "2_reward_inspection", "3_grpo_training", "4_adapter_evaluation")
 
@@ -76,28 +77,47 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lib.config import load_config
     from lib.runfolder import open_run
-    from lib.task import load_task
 
-    notebooks = [notebook_path(name) for name in (CHAIN if options.notebook == "all" else (options.notebook,))]
-    given = parse_parameters(options.parameters)
-    parameters = {path: _split(given, notebook_parameters(path), options) for path in notebooks}
-    first = parameters[notebooks[0]]
     try:
-        config = load_config(options.config, first["overrides"])
-        load_task(config.task.name, **config.task.params)
-        run = open_run(first.get("run_name", ""), config, default=options.config)
+        order = check(options.notebook, options.config, options.parameters)
+        open_run(order.run, order.config)
     except WorkbenchError as error:
         raise UsageError(str(error)) from None
-    return _execute_all(notebooks, parameters, run.name, config)
+    return _execute_all(order)
 
 
-def _execute_all(notebooks: list[Path], parameters: dict[Path, dict[str, Any]], name: str, config: Config) -> int:
+class Order(NamedTuple):
+    """A checked command: which notebooks to run, with which parameters, on which config, in which run."""
+
+    parameters: dict[Path, dict[str, Any]]
+    """By notebook, in order."""
+    config: Config
+    task: Task
+    run: str
+
+
+def check(notebook: str, config_path: str, texts: Sequence[str]) -> Order:
+    """A notebook (or `all`), a config and NAME=VALUE texts as an order; or what is wrong with them."""
+    from lib.config import load_config
+    from lib.runfolder import check_name, default_name
+    from lib.task import load_task
+
+    notebooks = [notebook_path(name) for name in (CHAIN if notebook == "all" else (notebook,))]
+    given = parse_parameters(texts)
+    parameters = {path: _split(given, notebook_parameters(path), config_path) for path in notebooks}
+    first = parameters[notebooks[0]]
+    config = load_config(config_path, first["overrides"])
+    task = load_task(config.task.name, **config.task.params)
+    run = check_name(first.get("run_name") or default_name(config_path))
+    return Order(parameters, config, task, run)
+
+
+def _execute_all(order: Order) -> int:
     spent: list[tuple[str, float]] = []
-    for path in notebooks:
+    for path, parameters in order.parameters.items():
         started = time.monotonic()
-        status = execute(path, parameters[path] | {"run_name": name}, config, name)
+        status = execute(path, parameters | {"run_name": order.run}, order.config, order.run)
         spent.append((path.stem, time.monotonic() - started))
         if status:
             return status
@@ -108,34 +128,40 @@ def _execute_all(notebooks: list[Path], parameters: dict[Path, dict[str, Any]], 
 
 def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name: str) -> int:
     """Run one notebook through papermill into the run folder, its plain lines streaming to this terminal."""
+    from lib.executed import keep_attempt, target
+    from lib.log import ScrubbedStream, scrub
     from lib.runfolder import RunError, clear_errors, open_run
 
     run = open_run(run_name, config)
     output = run.path("notebooks", notebook.name)
+    kept = keep_attempt(output)
     sys.stdout.write(f"==> {notebook.name} -> {_shown(output)}\n")
+    if kept:
+        sys.stdout.write(f"    the last attempt did not reach its end; it is kept as {_shown(kept)}\n")
     sys.stdout.flush()
     _quiet_papermill()
     with without("rfc3987_syntax"):  # jsonschema builds a whole grammar of web addresses from it, for a second
         import papermill
         from nbclient.exceptions import DeadKernelError
 
+    stdout, stderr = ScrubbedStream(sys.stdout), ScrubbedStream(sys.stderr)
     try:
         with clear_errors(output):
             papermill.execute_notebook(
                 str(notebook),
-                str(output),
+                target(output),
                 parameters=parameters,
                 cwd=str(PROJECT_ROOT),
                 kernel_name="python3",
                 progress_bar=False,
                 log_output=False,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
+                stdout_file=stdout,
+                stderr_file=stderr,
                 shutdown_kernel="immediate",  # a second sooner; training has a process of its own, nothing is lost
                 extra_arguments=["--log-level=40"],  # the kernel's own warnings are about itself, not about the run
             )
     except papermill.PapermillExecutionError as error:
-        sys.stderr.write(f"error: {notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n")
+        sys.stderr.write(f"error: {notebook.name}, cell {error.exec_count}: {error.ename}: {scrub(error.evalue)}\n")
         sys.stderr.write(f"the executed notebook, up to the failing cell: {_shown(output)}\n")
         return 75 if error.ename == "TrainingStopped" else 1
     except DeadKernelError:
@@ -149,6 +175,9 @@ def execute(notebook: Path, parameters: dict[str, Any], config: Config, run_name
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again, it goes on from here\n")
         return 75
+    finally:
+        stdout.close()
+        stderr.close()
     return 0
 
 
@@ -203,7 +232,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Given]:
     return values
 
 
-def _split(given: dict[str, Given], known: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _split(given: dict[str, Given], known: dict[str, Any], config_path: str) -> dict[str, Any]:
     """A notebook's own parameters, checked by type; every other name is a config key and goes into `overrides`."""
     from lib.config import ConfigError, check_key
 
@@ -212,7 +241,7 @@ def _split(given: dict[str, Given], known: dict[str, Any], options: argparse.Nam
         raise UsageError(f"-p overrides={nested!r}: write overrides={{key: value}}, or each key by its own -p")
     if "config" in given:
         raise UsageError("-p config=...: the config is the second argument already")
-    chosen: dict[str, Any] = {"config": options.config, "overrides": dict(nested)}
+    chosen: dict[str, Any] = {"config": config_path, "overrides": dict(nested)}
     for name, value in given.items():
         if name == "overrides":
             continue
@@ -232,7 +261,7 @@ def _as_kind(name: str, given: Given, default: Any) -> Any:
     """A notebook parameter's value as the type of its default (text as it was typed); refused where it is another."""
     value, kind = given.value, type(default)
     if isinstance(default, str) and not isinstance(value, (list, dict)):
-        return given.text
+        return value if isinstance(value, str) else given.text
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)

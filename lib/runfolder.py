@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
-from lib.config import SCHEMA, Config, parse_config, resolve_path
-from lib.log import start_logging
+from lib.config import SCHEMA, Config, ConfigError, parse_config, resolve_path
+from lib.cost import Bill, read_bill
+from lib.log import scrub, start_logging
 from lib.tables import JsonlTable
 from lib.task import Row, Split
 
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 LOGS = ("rollouts.jsonl", "metrics.jsonl")
 """Append-only files that a resumed training cuts back to its checkpoint."""
+
+LOCK = "WORKBENCH_LOCK"
+"""Environment variable of a container: the lock hash of the machine that started it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -78,8 +82,8 @@ class Run:
 
     # logs -----------------------------------------------------------------------------------------------------------
     def append(self, log: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append records to one of LOGS, as whole lines."""
-        lines = "".join(to_line(record) for record in records)
+        """Append records to one of LOGS, as whole lines; secrets that got into an answer or a note stay out of it."""
+        lines = scrub("".join(to_line(record) for record in records))
         path = self.path(log)
         with clear_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(lines)
@@ -119,6 +123,10 @@ class Run:
         path = self.folder / log
         return path.stat().st_size if path.is_file() else 0
 
+    def bill(self) -> Bill:
+        """What the run has cost so far."""
+        return read_bill(self.folder)
+
     # stages ---------------------------------------------------------------------------------------------------------
     def begin(
         self,
@@ -138,7 +146,7 @@ class Run:
         key = {"config": self._sections(sections), "inputs": dict(inputs), "lock": lock_hash()}
         record = self._stage(stage)
         if record is not None and self._has_something_to_lose(record):
-            differences = _differences(record["key"], key)
+            differences = _differences(_with_new_defaults(record["key"]), key)
             if differences:
                 raise RunError(self._refusal(stage, differences))
             if record["finished"]:
@@ -146,8 +154,18 @@ class Run:
                 return dict(record["outputs"])
         else:
             self._forget(products)
+        now = time.time()
+        attempts = [*(record or {}).get("attempts", []), {"started": now, "machine": provenance.machine()}]
         self._write_stage(
-            stage, {"key": key, "finished": False, "outputs": {}, "resumable": list(resumable), "started": time.time()}
+            stage,
+            {
+                "key": key,
+                "finished": False,
+                "outputs": {},
+                "resumable": list(resumable),
+                "started": now,
+                "attempts": attempts,
+            },
         )
         return None
 
@@ -174,6 +192,10 @@ class Run:
         """Every stage that was begun: finished or not, its key, its outputs."""
         return {path.stem: json.loads(path.read_text()) for path in sorted((self.folder / "stages").glob("*.json"))}
 
+    def attempts(self, stage: str) -> list[dict[str, Any]]:
+        """When and where each attempt of a stage began."""
+        return list((self._stage(stage) or {}).get("attempts", []))
+
     def outputs(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage produced; None where it is not finished."""
         record = self._stage(stage)
@@ -193,7 +215,7 @@ class Run:
                 continue
             known = record["key"]
             now = {"config": self._sections(list(known["config"])), "inputs": known["inputs"], "lock": known["lock"]}
-            differences = _differences(known, now)
+            differences = _differences(_with_new_defaults(known), now)
             if differences:
                 raise RunError(self._refusal(stage, differences))
 
@@ -223,9 +245,7 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
 
     Refuses another config than its stages were begun with, a newer schema, and an unwritable folder.
     """
-    name = name or default_name(default)
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise RunError(f"run_name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100, no '..'")
+    name = check_name(name or default_name(default))
     folder = resolve_path(config.paths.outputs) / name
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,11 +260,18 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
     return run
 
 
+def check_name(name: str) -> str:
+    """A run's name as it was given; refused where it cannot be a folder's name."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise RunError(f"run_name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100, no '..'")
+    return name
+
+
 def default_name(config_path: str | Path) -> str:
     """A run's name from its config's path: configs/smoke/decisions.yaml -> smoke-decisions."""
     if not str(config_path):
         raise RunError("the run has no name: give run_name, or the config that it should be named after")
-    path = resolve_path(config_path).with_suffix("")
+    path = Path(os.path.normpath(resolve_path(config_path))).with_suffix("")
     configs = PROJECT_ROOT / "configs"
     name = "-".join(path.relative_to(configs).parts) if path.is_relative_to(configs) else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
@@ -295,6 +322,8 @@ def base_hash(config: Config) -> dict[str, str]:
 
 def lock_hash() -> str:
     """Which package versions a result was made with: a hash of the committed locks."""
+    if LOCK in os.environ:  # a container has the packages of the locks, not the files
+        return os.environ[LOCK]
     digest = hashlib.sha256()
     for lock in sorted((PROJECT_ROOT / "requirements").glob("*.lock")):
         digest.update(lock.read_bytes())
@@ -401,10 +430,29 @@ def exclusive(path: Path, wait: float = 20.0) -> Iterator[None]:
                         f"process {owner} is training this run: wait for it, stop it, or choose another run_name"
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+                    raise
+                logger.warning("%s: this file system has no locks: see that only one process writes the run", path)
+                break
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def held_by(path: Path) -> int | None:
+    """The process that holds a lock file; None where nobody does."""
+    if not path.is_file():
+        return None
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read().strip() or 0) or None
+        except OSError:  # a file system without locks
+            return None
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -429,10 +477,21 @@ def _record_provenance(run: Run) -> None:
         write_json(path, now)
         return
     known = json.loads(path.read_text())
-    if known["code"] != now["code"]:
+    if known["code"].get("commit") != now["code"]["commit"] or known["code"].get("diff") != now["code"]["diff"]:
         logger.warning(
-            "the code changed since this run was made (%s then, %s now)", known["code"]["commit"], now["code"]["commit"]
+            "the code changed since this run was made (%s then, %s now)",
+            known["code"].get("commit"),
+            now["code"]["commit"],
         )
+
+
+def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's key as it would be today: config keys that came later have their defaults."""
+    try:
+        today = parse_config(key["config"]).as_json()
+    except ConfigError:
+        return dict(key)
+    return {**key, "config": {section: today[section] for section in key["config"]}}
 
 
 def _differences(known: Any, now: Any, where: str = "") -> list[str]:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.config import Config
-from lib.evaluate import Comparison
+from lib.cost import Bill
+from lib.evaluate import Comparison, flat
 from lib.paired import Gain, Summary
 from lib.task import Message, Row
 
@@ -40,6 +41,11 @@ _STYLE: dict[str, Any] = {
 _FEW = 12
 """A part with at most this many values is drawn as shares."""
 
+_FLATTERED = (
+    "It is the best of {} runs, chosen on these same rows, which flatters it: confirm it on fresh rows "
+    "(evaluation.prompts)."
+)
+
 _LIVE_SHARE = 0.04
 """Share of the time that drawing live may take: training needs the rest."""
 
@@ -51,8 +57,8 @@ def is_interactive() -> bool:
 
 def config(values: Config) -> None:
     """The resolved config: what differs from the defaults as a table, everything else folded away."""
-    resolved = _flat(values.as_json())
-    defaults = _flat(Config.model_validate({"task": {"name": values.task.name}}).as_json())
+    resolved = flat(values.as_json())
+    defaults = flat(Config.model_validate({"task": {"name": values.task.name}}).as_json())
     changed = {key: value for key, value in resolved.items() if defaults.get(key, ...) != value}
     rest = {key: value for key, value in resolved.items() if key not in changed}
     _html(
@@ -149,27 +155,28 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         if len(series) > 1:
             ax.legend()
 
-    flat = list(axes)
-    draw(flat[0], "Mean reward", ("reward", "reward", BLUE))
-    draw(flat[1], "Signal", ("groups/useful", "groups with signal", GREEN), ("reward_std", "reward std", ORANGE))
-    draw(flat[2], "Loss and gradient", ("loss", "loss", BLUE), ("grad_norm", "gradient norm", GREY))
-    draw(flat[3], "Entropy (nats a token)", ("entropy", "entropy", ORANGE))
+    panels = list(axes)
+    draw(panels[0], "Mean reward", ("reward", "reward", BLUE))
+    draw(panels[1], "Signal", ("groups/useful", "groups with signal", GREEN), ("reward_std", "reward std", ORANGE))
+    draw(panels[2], "Loss and gradient", ("loss", "loss", BLUE), ("grad_norm", "gradient norm", GREY))
+    draw(panels[3], "Entropy (nats a token)", ("entropy", "entropy", ORANGE))
     if any("kl" in m for m in metrics):
-        draw(flat[3], "Entropy and KL (nats a token)", ("kl", "KL to the base", RED))
-    draw(flat[4], "Answer length (tokens)", ("completions/mean_length", "mean", BLUE))
+        draw(panels[3], "Entropy and KL (nats a token)", ("kl", "KL to the base", RED))
+    draw(panels[4], "Answer length (tokens)", ("completions/mean_length", "mean", BLUE))
     masked, unscored = ("rollouts/masked", "masked by the task", ORANGE), ("rollouts/unscored", "unscored", RED)
-    draw(flat[5], "Valid, and left out", ("parts/valid", "valid", GREEN), masked, unscored)
-    flat[5].set_ylim(-0.02, 1.02)
-    for ax in flat:
+    draw(panels[5], "Valid, and left out", ("parts/valid", "valid", GREEN), masked, unscored)
+    panels[5].set_ylim(-0.02, 1.02)
+    for ax in panels:
         ax.set_xlabel("step")
         _whole_steps(ax)
     return _done(figure)
 
 
-def live(
-    draw: Callable[[Sequence[Mapping[str, Any]]], Figure] = curves,
-) -> Callable[[list[dict[str, Any]], bool], None]:
-    """A watcher that redraws one figure in place as metrics arrive, in a small share of the time; the last always."""
+def live(bill: Callable[[], Bill] | None = None) -> Callable[[list[dict[str, Any]], bool], None]:
+    """A watcher that redraws the curves in place as metrics arrive, in a small share of the time; the last always.
+
+    With `bill` the figure also says what the run has cost so far.
+    """
     from IPython.display import DisplayHandle, display
 
     handle: DisplayHandle | None = None
@@ -180,7 +187,9 @@ def live(
         if not metrics or not (final or time.monotonic() > ready):
             return
         started = time.monotonic()
-        figure = draw(metrics)
+        figure = curves(metrics)
+        if bill:
+            figure.suptitle(_cost(bill()), x=0.01, y=1.0, ha="left", va="bottom", fontsize=9, color=GREY)
         if handle is None:
             handle = display(figure, display_id=True)
         else:
@@ -188,6 +197,22 @@ def live(
         ready = time.monotonic() + (time.monotonic() - started) / _LIVE_SHARE
 
     return watch
+
+
+def attempts(started: Sequence[Mapping[str, Any]]) -> None:
+    """Every attempt of a stage that took more than one: when it began, and where."""
+    if len(started) > 1:
+        table(
+            (
+                {
+                    "attempt": number,
+                    "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt["started"])),
+                    "machine": attempt["machine"],
+                }
+                for number, attempt in enumerate(started, 1)
+            ),
+            f"This stage took {len(started)} attempts",
+        )
 
 
 def rollouts(records: Sequence[Mapping[str, Any]], per_step: int = 4) -> None:
@@ -231,6 +256,20 @@ def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figu
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.55 * (high - low))
     return _done(figure)
+
+
+def runs(comparison: Comparison) -> Figure | None:
+    """Several runs at a glance, the best first: where their configs differ, reward and gain; a dot with interval each.
+
+    Says so in a word, and draws nothing, where the comparison is of one run.
+    """
+    if not comparison.settings:
+        text("One run: nothing to rank. evaluation.runs names several.")
+        return None
+    by_name = {s.policy: s for s in comparison.summaries}
+    table(_run(name, comparison, by_name[f"{name} sampled"]) for name in comparison.settings)
+    _html(f"<p>{_over_runner_up(comparison)}</p>")
+    return _ranking([by_name[f"{name} sampled"] for name in comparison.settings], by_name["base sampled"])
 
 
 def bars(counts: Mapping[str, Mapping[str, float]], title: str, xlabel: str) -> Figure:
@@ -283,6 +322,7 @@ def verdict(comparison: Comparison) -> None:
         f"<b>{comparison.final} against base, sampled answers: {_interval(sampled)}</b> on {sampled.n} rows "
         f"({sampled.left_out} left out because a side was masked or unscored).",
         "The interval excludes zero." if sampled.clear else "The interval includes zero: no difference is shown.",
+        *([_FLATTERED.format(len(comparison.settings))] if len(comparison.settings) > 1 else []),
         f"With this many rows, a true gain below {sampled.detectable:.3f} would usually be missed.",
     ]
     over = comparison.over_greedy_base
@@ -294,6 +334,53 @@ def verdict(comparison: Comparison) -> None:
             f"sampled answers after training against the base's greedy ones: {_interval(over)}."
         )
     _html("".join(f"<p>{line}</p>" for line in lines))
+
+
+def _cost(bill: Bill) -> str:
+    """A bill in a line: dollars and hours, role by role."""
+    roles = ", ".join(f"{role} ${line.usd:.4f}" for role, line in bill.lines.items() if line.usd)
+    return f"so far ${bill.usd:.4f} in {bill.hours:.2f} h" + (f" ({roles})" if roles else "")
+
+
+def _run(name: str, comparison: Comparison, summary: Summary) -> dict[str, Any]:
+    return {
+        "run": name,
+        **comparison.settings[name],
+        "reward": f"{summary.reward:.3f} [{summary.low:.3f}, {summary.high:.3f}]",
+        "gain over base": _interval(comparison.gains[f"{name} sampled"]),
+        "valid": f"{summary.valid:.1%}",
+        "reward, invalid = 0": f"{summary.reward_with_invalid:.3f}",
+    }
+
+
+def _over_runner_up(comparison: Comparison) -> str:
+    over, names = comparison.over_runner_up, list(comparison.settings)
+    if over is None:
+        return f"Only {names[0]} was named: there is no runner-up."
+    shown = "the interval excludes zero" if over.clear else "no difference is shown"
+    return (
+        f"The best, {names[0]}, against the runner-up, {names[1]}: {_interval(over)} on the {over.n} rows "
+        f"that both scored ({over.left_out} left out): {shown}. "
+        f"{_FLATTERED.format(len(names))}"
+    )
+
+
+def _ranking(ranked: Sequence[Summary], base: Summary) -> Figure:
+    """Mean reward with its 95 % interval by run, the best on top, and the base's as a band."""
+    figure, axes = _figure(1, 1, 7.6, 1.1 + 0.34 * max(2, len(ranked)))
+    ax = axes[0]
+    ax.axvspan(base.low, base.high, color=GREY, alpha=0.2, linewidth=0)
+    ax.axvline(base.reward, color=GREY, linestyle="--", linewidth=1, label=f"base {base.reward:.3f}")
+    for y, summary in enumerate(reversed(ranked)):
+        color = BLUE if summary is ranked[0] else GREY
+        ax.plot([summary.low, summary.high], [y, y], color=color, linewidth=2.5, solid_capstyle="round")
+        ax.plot(summary.reward, y, "o", color=color)
+        ax.annotate(f"{summary.reward:.3f}", (summary.high, y), xytext=(8, -3), textcoords="offset points", fontsize=8)
+    ax.set_yticks(range(len(ranked)), [s.policy.removesuffix(" sampled") for s in reversed(ranked)])
+    ax.set(title="Runs by held-out reward", xlabel="mean reward (95 % interval)", ylim=(-0.6, len(ranked) - 0.4))
+    ax.legend()
+    ax.margins(x=0.15)
+    return _done(figure)
 
 
 def _interval(gain: Gain) -> str:
@@ -377,13 +464,6 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _content(message: Message) -> str:

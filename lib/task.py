@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib import PROJECT_ROOT, WorkbenchError
+from lib.places import locate
 
 Message = dict[str, Any]
 """An OpenAI chat message; `tool_calls` included."""
@@ -179,7 +180,7 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
 
 
 def _import_task_module(name: str) -> ModuleType:
-    path = PROJECT_ROOT / Path(name).expanduser()
+    path = locate(name)
     if name.endswith(".py"):
         if not path.is_file():
             raise TaskError(

@@ -2,6 +2,7 @@
 # Makes .venv from one complete lock (`make setup`). A second call with nothing changed does nothing.
 #   PYTHON=python3.12      which Python, 3.11 or 3.12    (default: the one .venv was made with, else the first found)
 #   ACCELERATOR=cpu|cuda   which lock                    (default: the one in .venv, else cuda where nvidia-smi lists a GPU)
+#   TESTS=1                also what only the tests need of the system: bubblewrap (`make test` sets it)
 #   FLASH_ATTENTION=1      on cuda: builds FlashAttention too; where that fails, attention stays at sdpa
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +13,7 @@ stop() { say "$@" >&2; exit 1; }
 # What only the system can give, one line each: is it there? else the Debian package that brings it.
 missing_packages() {
   "$python" -c 'import ensurepip' 2>/dev/null || echo "python${version%.*}-venv"
+  if [ "${TESTS:-0}" = 1 ] && [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null; then echo bubblewrap; fi
 }
 
 # Prints version, executable and a digest of the given files; fails unless $1 is a Python that the locks are made for.
@@ -51,12 +53,12 @@ done
 { read -r version; read -r python; read -r content; } <<<"$facts"
 made="Python $version, $accelerator, in $PWD"
 
-if [ "$had_made" = "$made" ] && [ "$had_content" = "$content" ] && [ "${FLASH_ATTENTION:-0}" = 0 ]; then
+missing=$(missing_packages)
+if [ -z "$missing" ] && [ "$had_made" = "$made" ] && [ "$had_content" = "$content" ] && [ "${FLASH_ATTENTION:-0}" = 0 ]; then
   say "ready: .venv (Python $version, $accelerator lock)"
   exit 0
 fi
 
-missing=$(missing_packages)
 if [ -n "$missing" ]; then
   install="apt-get install -y --no-install-recommends $(echo $missing)"
   command -v apt-get >/dev/null || stop "missing, and to be installed with this system's own tools: $missing (Debian's names)"

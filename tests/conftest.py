@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cloud import Cloud, cloud_of
 
 from lib import PROJECT_ROOT
 
@@ -78,3 +81,14 @@ def chain(workspace: Path, places: list[str]) -> tuple[Path, str]:
     done = run_cli("all", SMOKE, "-p", "run_name=chain", *places, **witness)
     assert done.returncode == 0, done.stdout + done.stderr
     return workspace / "outputs" / "chain", done.stdout
+
+
+@pytest.fixture(scope="session")
+def cloud(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """Modal on loopback: the real client against a server that runs function bodies in mount trees of their own."""
+    works = ["bwrap", "--ro-bind", "/", "/", "--unshare-pid", "true"]
+    if not shutil.which("bwrap") or subprocess.run(works, capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "bubblewrap does not work: `make test` installs it, so CI must have it"
+        pytest.skip("bubblewrap is missing or may not make namespaces: apt-get install bubblewrap")
+    with cloud_of(shared, tmp_path_factory.mktemp("cloud")) as running:
+        yield running

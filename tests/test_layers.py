@@ -18,8 +18,11 @@ LIB = PROJECT_ROOT / "lib"
 # DESIGN's table: generate stands above rollout, because a BatchGenerate answers rollout's Requests.
 ORDER = """
     __init__
-    task   doctor
+    places   doctor
+    gpu
+    task
     config   log   tables   ledger   cost
+    quote
     provenance   data   judge   sandbox
     runfolder
     tasks
@@ -32,8 +35,11 @@ ORDER = """
     sync   hosts
     actor   rollout_worker
     backends
-    export
-    run   remote
+    export   executed
+    run
+    container   experiment   command
+    remote
+    schedule   launch   follow
     modal_app
 """
 

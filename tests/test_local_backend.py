@@ -24,7 +24,7 @@ from lib.task import load_task
 
 
 class NeverStop:
-    def requested(self) -> bool:
+    def requested(self, step_seconds: float) -> bool:
         return False
 
 
@@ -34,7 +34,7 @@ class StopAfter:
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def requested(self) -> bool:
+    def requested(self, step_seconds: float) -> bool:
         self.steps -= 1
         return self.steps <= 0
 

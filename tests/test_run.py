@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -131,7 +130,7 @@ def test_any_number_does_for_a_float(tmp_path: Path, text: str) -> None:
 
 def split(folder: Path, *parameters: str, config: str = SMOKE) -> dict[str, Any]:
     known = notebook_parameters(notebook(folder))
-    return _split(parse_parameters(parameters), known, argparse.Namespace(config=config, notebook="mine"))
+    return _split(parse_parameters(parameters), known, config)
 
 
 def test_names_of_the_notebook_go_to_it_and_all_others_into_overrides(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _LITTLE_DISK = 4 * 2**20
 
 
 class StopSignal(Protocol):
-    def requested(self) -> bool: ...
+    def requested(self, step_seconds: float) -> bool: ...
 
 
 class LocalError(WorkbenchError, RuntimeError):
@@ -347,7 +347,7 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
 
     training = run.config.training
     window = training.passes_per_generation * training.iterations
-    started = time.monotonic()
+    started = began = time.monotonic()
 
     class Follow(TrainerCallback):
         """Writes metrics and progress, completes checkpoints, and stops where asked."""
@@ -366,9 +366,14 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
             progress = f"{state.global_step}/{state.max_steps}"
             logger.info("step %s loss %.4f reward %s%s", progress, numbers["loss"], reward, note)
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal began
+            began = time.monotonic()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            wanted = stop.requested(time.monotonic() - began)
             boundary = (state.global_step * training.accumulation) % window == 0
-            if boundary and state.global_step < state.max_steps and stop.requested():
+            if wanted and boundary and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

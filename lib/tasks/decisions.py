@@ -20,7 +20,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.data import ListTable, Record, RowsTask, Table, Where, finite, messages_of, resolve, write_csv
+from lib.data import ListTable, Record, RowsTask, Table, Where, finite, messages_of, write_csv
+from lib.places import locate
 from lib.task import Message, Rollout, Row, Score, TaskError
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,14 @@ class Decisions(RowsTask, frozen=True):
             return super().tables()
         from lib.tasks import _thermal_store
 
-        series = str(resolve(self.series)) if self.series else ""
+        series = str(locate(self.series)) if self.series else ""
         records = _thermal_store.generate(series, self.generate_rows, self.generate_seed)
         return [ListTable(Path(series).stem or f"synthetic-{self.generate_seed}", records)]
 
     def input_files(self) -> list[Path]:
         """The source tables, or the series."""
         if self.series:
-            return [resolve(self.series)]
+            return [locate(self.series)]
         files = super().input_files()
         # A table that `write_tables` put beside its source would double the rows of the folder.
         return [file for file in files if not (file.stem.endswith(SUFFIX) and _source(file) in files)]

@@ -1,0 +1,152 @@
+"""Modal on loopback for the tests: the real client, a project of its own, and a server that really runs the bodies.
+
+The server stands beside the checkout in ../shared/tools/modal_loopback (read its README): "containers" are bubblewrap
+mount trees that hold only what the client uploaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lib import PROJECT_ROOT
+
+MODAL = [sys.executable, "-m", "modal"]
+APP = "grpo-workbench-ada-default"
+
+
+class Cloud:
+    """A copy of the project whose experimenter is `ada`, and the server that her Modal client talks to."""
+
+    def __init__(self, folder: Path, server: Any) -> None:
+        self.folder, self.server, self.core = folder, server, server.core
+
+    def environment(self, **more: str) -> dict[str, str]:
+        names = ("EXPERIMENTER", "EXPERIMENT_NAME", "OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "GEMINI_API_KEY")
+        mine = {name: value for name, value in os.environ.items() if name not in names}
+        return {**mine, **self.server.env(), "PYTHONPATH": str(self.folder), **more}
+
+    def modal(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`modal ...` in the project's folder, as a user types it."""
+        return self._run([*MODAL, *arguments], environment)
+
+    def call(self, entry: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`modal run -m lib.modal_app::ENTRY ...`"""
+        return self.modal("run", "-m", f"lib.modal_app::{entry}", *arguments, **environment)
+
+    def local(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`python -m lib.run ...` of the copy, on this machine."""
+        return self._run([sys.executable, "-m", "lib.run", *arguments], environment)
+
+    def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
+        """A command that goes on by itself, in a session of its own."""
+        file = log.open("wb")
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment(), stdout=file, stderr=file, start_new_session=True
+        )
+
+    def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment(**environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def volume(self, kind: str, experimenter: str = "ada-default") -> Path:
+        """The committed state of a volume: cache, data or outputs."""
+        name = f"grpo-workbench-{kind}-{experimenter}"
+        number = next(key for key, volume in self.core.volumes.items() if volume["name"] == name)
+        return Path(self.core.state) / "volumes" / str(number)
+
+    def run_folder(self, run: str) -> Path:
+        return self.volume("outputs") / run
+
+    def definition(self, name: str) -> dict[str, Any]:
+        """The newest definition of a function of that name, as the server recorded it."""
+        return next(found for found in reversed(self.core.describe()) if found["name"] == name)
+
+    def logs(self) -> str:
+        """What all containers have printed so far."""
+        found = sorted((Path(self.core.state) / "tasks").glob("*/log"), key=lambda path: path.stat().st_mtime)
+        return "".join(path.read_text(errors="replace") for path in found)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.core.events if event["event"] == kind]
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+
+def wait_until(condition: Any, seconds: float = 120, what: str = "") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"this never came: {what}"
+        time.sleep(0.1)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "result.json").read_text()))
+
+
+@contextmanager
+def cloud_of(shared: Path, folder: Path) -> Iterator[Cloud]:
+    """The server's life, with the project's copy beside it."""
+    module = _load(shared / "tools" / "modal_loopback" / "modal_loopback.py")
+    project = folder / "project"
+    for name in ("lib", "notebooks", "configs", "requirements"):
+        shutil.copytree(PROJECT_ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / ".env").write_text("EXPERIMENTER=ada\n")
+    with module.Loopback(folder / "modal", python=sys.executable) as server:
+        _mend_commit(server.core, module)
+        yield Cloud(project, server)
+
+
+def _mend_commit(core: Any, module: Any) -> None:
+    """The stand-in notes what it published only after copying: what came in between would never be published."""
+
+    def commit(task: str, volume: str) -> None:
+        work, store = core.work(task, volume), core.state / "volumes" / volume
+        if not work.exists():
+            return
+        noted = core.state / "tasks" / task / f"{volume}.base"
+        before, now = module._snap(None, noted), module._snap(work)
+        for name, signature in list(now.items()):
+            if before.get(name) == signature:
+                continue
+            (store / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copy2(work / name, store / name)
+            except FileNotFoundError:  # renamed or removed meanwhile: the next commit sees it
+                now.pop(name)
+        for name in before.keys() - now.keys():
+            (store / name).unlink(missing_ok=True)
+        core.volumes[volume]["commits"] += 1
+        noted.write_text(json.dumps(now))
+
+    core.commit = commit
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("modal_loopback", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["modal_loopback"] = module
+    spec.loader.exec_module(module)
+    return module
