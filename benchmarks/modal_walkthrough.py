@@ -1,6 +1,7 @@
-"""The README's walk through Modal: secrets, upload, run, preempt, fetch, deploy, a schedule's tick; prints what a user sees.
+"""The README's walk through Modal: secrets, upload, run, preempt, fetch, deploy, a tick; prints what a user sees.
 
-Against the loopback server beside the checkout (../shared/tools/modal_loopback), with the real client: no account, no bill.
+Against the loopback server beside the checkout (../shared/tools/modal_loopback), with the real client:
+no account, no bill.
 
     .venv/bin/python benchmarks/modal_walkthrough.py
 """
