@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -90,7 +91,7 @@ def build_starter(rows: Sequence[Row], folder: Path, **settings: Any) -> Path:
     """Build tokenizer and model from the rows, warm-start the model, and save both to `folder`, whole or not at all.
 
     A row needs `prompt` and either `demonstration` (assistant message: what the policy is to imitate, good or bad) or
-    `gold`. `settings` are the fields of StarterSettings. Raises StarterError.
+    `gold`; where no row has one, passages of the prompts are imitated. `settings` are the fields of StarterSettings. Raises StarterError.
     """
     chosen = StarterSettings(**settings)
     if folder.exists():
@@ -154,11 +155,25 @@ def _content_key(rows: Sequence[Row], settings: StarterSettings) -> str:
 def _conversations(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
     """For each row its prompt and the one answer to imitate, under `answer`."""
     random = Random(settings.seed)
+    if not any(row.get("demonstration") or row.get("gold") for row in rows):
+        # Judged tasks know no right answer. Passages of the prompts are text at least, and some say more than others.
+        logger.info("starter: no row has an answer to imitate, so the toy learns to repeat passages of the prompts")
+        return [
+            {"prompt": row["prompt"], "tools": row.get("tools"), "answer": _passage(random.choice(rows), random)}
+            for row in rows
+        ]
     conversations = []
     for row in rows:
         shown = row if row.get("demonstration") or random.random() < settings.gold_share else random.choice(rows)
         conversations.append({"prompt": row["prompt"], "tools": row.get("tools"), "answer": _first_answer(shown)})
     return conversations
+
+
+def _passage(row: Row, random: Random) -> Message:
+    """One to three sentences of a prompt as an answer."""
+    sentences = re.split(r"(?<=[.!?])\s+", str(row["prompt"][-1].get("content") or "").strip())
+    first = random.randrange(len(sentences))
+    return {"role": "assistant", "content": " ".join(sentences[first : first + random.randint(1, 3)])}
 
 
 def _first_answer(row: Row) -> Message:
