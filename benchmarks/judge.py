@@ -1,9 +1,9 @@
 """How much of the judge's speed is left after the workbench: a real server with a set latency, the real client.
 
-Throughput: grading calls with 64 in flight against a judge of half a second; ideal is concurrency / latency. One ACE
-step: 60 prompts with 5 answers each, all criteria of an answer in one call, against a judge of one second; as plain
-calls, and through lib/grading.py into an empty ledger. A rerun of that step must ask nothing. The server is a process
-on the same machine. The import of the client and the first call of each part are not measured.
+The judge takes one second for a call. Throughput: grading calls with 64 in flight; ideal is concurrency / latency. One
+ACE step: 60 prompts with 5 answers each, all criteria of an answer in one call; as plain calls, and through
+lib/grading.py into an empty ledger. A rerun of that step must ask nothing. The server is a process on the same machine.
+The import of the client and the first call of each part are not measured.
 
 Exit status 0 = every figure is within its bar, else 1. On a machine that others use, read `others`.
 
@@ -31,7 +31,8 @@ from lib.task import Message
 sys.path.insert(0, str(PROJECT_ROOT / "tests"))
 from judge_server import JudgeServer, running_judge  # stands beside the tests
 
-IN_FLIGHT, ROUNDS = 64, 8
+IN_FLIGHT, LATENCY, ROUNDS = 64, 1.0, 6
+"""LATENCY in seconds."""
 THROUGHPUT_BAR = 0.9
 """Of the ideal."""
 STEP, STEP_BAR = 300, 6.5
@@ -83,25 +84,24 @@ def verdict(what: str, value: str, good: bool) -> bool:
 
 async def throughput(server: JudgeServer, repeats: int) -> bool:
     """Full rounds, so that the ideal is a whole number of latencies."""
-    latency = 0.5
-    server.control(reset=True, latency=latency)
+    server.control(reset=True, latency=LATENCY)
     judge = open_judge(settings_for(server))
     await plain(judge, -1)
-    ideal = ROUNDS * latency
+    ideal = ROUNDS * LATENCY
     shares = [ideal / await seconds_of(lambda n: plain(judge, n), IN_FLIGHT * ROUNDS) for _ in range(repeats)]
     share = statistics.median(shares)
-    text = f"{share:.3f} of {IN_FLIGHT / latency:.0f} calls/s (bar {THROUGHPUT_BAR})"
-    return verdict(f"throughput, {IN_FLIGHT} in flight, {latency:g} s", text, share >= THROUGHPUT_BAR)
+    text = f"{share:.3f} of {IN_FLIGHT / LATENCY:.0f} calls/s (bar {THROUGHPUT_BAR})"
+    return verdict(f"throughput, {IN_FLIGHT} in flight, {LATENCY:g} s", text, share >= THROUGHPUT_BAR)
 
 
 async def step(server: JudgeServer, folder: Path, repeats: int) -> list[bool]:
     """One ACE step: plain, through grading, and again."""
-    server.control(reset=True, latency=1.0)
+    server.control(reset=True, latency=LATENCY)
     settings = settings_for(server)
     judge = open_judge(settings)
     spent = statistics.median([await seconds_of(lambda n: plain(judge, n), STEP) for _ in range(repeats)])
     text = f"{spent:.2f} s (bar {STEP_BAR}, ideal {-(-STEP // IN_FLIGHT)})"
-    verdicts = [verdict(f"{STEP} calls of 1 s", text, spent < STEP_BAR)]
+    verdicts = [verdict(f"{STEP} calls of {LATENCY:g} s", text, spent < STEP_BAR)]
 
     times = []
     for repeat in range(repeats):

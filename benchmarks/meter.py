@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.advantages import gaps, simulated_gap
-from lib.intervals import Estimate, chance_within, correlation_within
 from lib.ledger import Verdict
 from lib.meter import kappa
-from lib.readings import (
+from lib.meter.advantages import gaps, simulated_gap
+from lib.meter.intervals import Estimate, chance_within, correlation_within
+from lib.meter.readings import (
     Asked,
     Group,
     Reading,

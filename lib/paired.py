@@ -147,9 +147,7 @@ def by_category(
     }
 
 
-def by_part(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], seed: int = 0
-) -> dict[str, Gain]:
+def by_part(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Gain]:
     """The paired gain of every part that is a share or a verdict (0 to 1); parts of single rows are left out."""
     values: dict[str, list[float]] = {}
     for record in [*before, *after]:

@@ -91,7 +91,8 @@ def build_starter(rows: Sequence[Row], folder: Path, **settings: Any) -> Path:
     """Build tokenizer and model from the rows, warm-start the model, and save both to `folder`, whole or not at all.
 
     A row needs `prompt` and either `demonstration` (assistant message: what the policy is to imitate, good or bad) or
-    `gold`; where no row has one, passages of the prompts are imitated. `settings` are the fields of StarterSettings. Raises StarterError.
+    `gold`; where no row has one, passages of the prompts are imitated. `settings` are the fields of StarterSettings.
+    Raises StarterError.
     """
     chosen = StarterSettings(**settings)
     if folder.exists():

@@ -127,7 +127,7 @@ class Task(BaseModel, frozen=True, extra="forbid"):
         return []
 
     def cheats(self, row: Row) -> dict[str, str]:
-        """Answers to a row that try to fool this task's own scorer, by name; notebook 2 adds them to the canned ones."""
+        """Answers to a row that try to fool this task's own scorer, by name; notebook 2 tries them with its own."""
         return {}
 
     async def reply(self, rollout: Rollout) -> list[Message]:

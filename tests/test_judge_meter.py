@@ -16,12 +16,12 @@ import pytest
 from judge_server import running_judge
 
 from lib import meter
-from lib.advantages import Gap, advantages, gaps, rms, simulated_gap
 from lib.config import load_config
-from lib.intervals import balance, chance_within, correlation_within, root_mean_square, share
-from lib.labels import COLUMNS, Judged, read_sheet, set_labels
 from lib.ledger import Verdict, hash_text
 from lib.meter import JudgeMeter, kappa, label_sheet, labels, measure
+from lib.meter.advantages import Gap, advantages, gaps, rms, simulated_gap
+from lib.meter.intervals import balance, chance_within, correlation_within, root_mean_square, share
+from lib.meter.labels import COLUMNS, Judged, read_sheet, set_labels
 from lib.rollout import submit
 from lib.runfolder import Run, open_run, plain
 from lib.show.labels import LabelForm
@@ -46,6 +46,8 @@ class Spelling(Task, frozen=True):
     """Chance that the reversed order turns a verdict over."""
     lost: float = 0.0
     """Chance that an ask brings no verdict."""
+    price: float | None = 0.001
+    """Dollars a verdict."""
     letters: str = "abcdef"
     log: str = ""
     """A file that every ask is written to."""
@@ -68,7 +70,7 @@ class Spelling(Task, frozen=True):
         passes = criterion[1] in rollout.text
         passes ^= chance.random() < self.noise
         passes ^= reverse and chance.random() < self.order
-        return Verdict("pass" if passes else "fail", float(passes), "so it seems", usd=0.001, attempts=1)
+        return Verdict("pass" if passes else "fail", float(passes), "so it seems", usd=self.price, attempts=1)
 
     def reward_of(self, row: Row, verdicts: Mapping[str, Verdict]) -> Score:
         if any(one.verdict == "unknown" for one in verdicts.values()):
@@ -217,7 +219,8 @@ def test_equal_answers_of_a_group_are_asked_about_once_and_count_as_often_as_giv
 
 def test_what_asking_again_cost_is_known_only_where_the_price_is(tmp_path: Path) -> None:
     assert measured(tmp_path / "a", Spelling(), asks=2).usd == pytest.approx(20 * 6 * 2 * 0.001)
-    assert measured(tmp_path / "b", Spelling(lost=0.1)).usd is None
+    assert measured(tmp_path / "b", Spelling(price=None), asks=2).usd is None
+    assert measured(tmp_path / "c", Spelling(lost=0.5), asks=2).usd == pytest.approx(0.12, rel=0.3)  # of what is known
 
 
 def test_the_meter_is_a_json_record_and_what_was_measured_is_in_the_runs_log(tmp_path: Path) -> None:

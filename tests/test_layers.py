@@ -23,8 +23,9 @@ ORDER = """
     task
     config   log   tables   ledger   cost
     quote
-    provenance   data   judge   sandbox   reward_model
-    runfolder   grading
+    provenance   data   sandbox
+    judge
+    runfolder   grading   reward_model
     tasks
     rollout
     models   starter   trainer   paired

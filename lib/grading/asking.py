@@ -106,7 +106,7 @@ async def grade(
 async def _ask(exam: _Exam, criteria: Sequence[Criterion], keys: Mapping[str, str], file: Ledger) -> dict[str, Verdict]:
     """Ask until every criterion has a verdict, ROUNDS times at most, and keep what was told at once. By key."""
     found: dict[str, Verdict] = {}
-    left = list(criteria)
+    left = list(reversed(criteria)) if exam.reverse else list(criteria)
     for _ in range(ROUNDS):
         told, may_help = await _ask_once(exam, left)
         found |= {name: _after(verdict, found.get(name)) for name, verdict in told.items()}

@@ -57,15 +57,15 @@ class JudgeSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False)
     """auto = 0, but none is sent to the ids that `no_temperature` in configs/judges.yaml matches."""
     reasoning_effort: str = ""
     """Sent when set: none, low, medium, high, as the model has it."""
-    max_tokens: int = Field(4096, ge=1)
+    max_tokens: int = Field(default=4096, ge=1)
     """Of one reply, thinking included."""
-    concurrency: int = Field(64, ge=1, le=1000)
+    concurrency: int = Field(default=64, ge=1, le=1000)
     """Requests in flight at most."""
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(default=60.0, gt=0)
     """Seconds for one request."""
-    attempts: int = Field(5, ge=1)
+    attempts: int = Field(default=5, ge=1)
     """HTTP requests for one call at most."""
-    budget_usd: float | None = Field(None, ge=0)
+    budget_usd: float | None = Field(default=None, ge=0)
     """What all judges of one run may cost; None = no limit."""
 
     @field_validator("temperature")

@@ -1,6 +1,6 @@
 """Entering labels by hand: buttons for a person in the lab, the file to fill in for everybody else.
 
-Owns the form. Must not know how the sheet is stored (lib.labels) or what labels are compared with.
+Owns the form. Must not know how the sheet is stored (lib.meter.labels) or what labels are compared with.
 
     python -c "from lib.show.labels import label_sheet; label_sheet(None)"
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.labels import Label, read_sheet, set_labels
+from lib.meter.labels import Label, read_sheet, set_labels
 from lib.show.page import is_interactive, table, text
 
 Given = Literal["pass", "fail", ""]

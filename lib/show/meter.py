@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lib.meter import JudgeMeter
-from lib.readings import Reading
+from lib.meter.readings import Reading
 from lib.show.figure import BLUE, ORANGE, done, new_figure
 from lib.show.page import table, text
 

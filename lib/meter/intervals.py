@@ -3,7 +3,7 @@
 Owns shares, balances, Cohen's kappa, root mean squares and correlations within groups. A cluster is what
 was drawn together (an answer, a row). Must not know judges, tasks or files.
 
-    python -c "from lib.intervals import share; print(share([18, 20, 19], [20, 20, 20]))"
+    python -c "from lib.meter.intervals import share; print(share([18, 20, 19], [20, 20, 20]))"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Owns outputs/<run>/labels.csv: which answers are put in, how labels are read back, and what is wrong with a line. The
 judge's own verdict is not in it, on purpose. Must not know how labels are compared with a judge, or how they look.
 
-    python -c "from lib.labels import read_sheet; print(read_sheet('outputs/ace/labels.csv'))"
+    python -c "from lib.meter.labels import read_sheet; print(read_sheet('outputs/ace/labels.csv'))"
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Owns GRPO's normalisation as TRL does it, the gap between the advantages of two scorings of the same groups, and that
 gap at other group sizes. Must not know judges, tasks or trainers.
 
-    python -c "import numpy; from lib.advantages import advantages; print(advantages(numpy.eye(3), 'group'))"
+    python -c "import numpy; from lib.meter.advantages import advantages; print(advantages(numpy.eye(3), 'group'))"
 """
 
 from __future__ import annotations

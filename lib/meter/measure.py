@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lib import intervals
-from lib.advantages import gaps
 from lib.config import Config
-from lib.intervals import Estimate
-from lib.labels import Judged, Label, label_sheet, labels, train_rows
 from lib.ledger import Verdict, hash_text
-from lib.readings import (
+from lib.meter import intervals
+from lib.meter.advantages import gaps
+from lib.meter.intervals import Estimate
+from lib.meter.labels import Judged, Label, labels, train_rows
+from lib.meter.readings import (
     Asked,
     Group,
     Reading,
@@ -41,8 +41,6 @@ from lib.readings import (
 from lib.rollout import submit
 from lib.runfolder import Run
 from lib.task import Rollout, Row, Task
-
-__all__ = ["JudgeMeter", "Label", "Reading", "kappa", "label_sheet", "labels", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ class JudgeMeter(NamedTuple):
     unknown: dict[str, int]
     """Verdicts that stayed unknown, by cause."""
     usd: float | None
-    """What the verdicts of the asks after the first cost when they were asked; None = no price known."""
+    """What the known verdicts of the asks after the first cost when they were asked; None = no price known."""
 
     @property
     def readings(self) -> list[Reading]:
@@ -180,7 +178,7 @@ def _causes(groups: Sequence[Group]) -> dict[str, int]:
 
 def _usd(groups: Sequence[Group]) -> float | None:
     asked = [v for one in distinct(groups) for ask in (*one.asks[1:], one.reverse or {}) for v in ask.values()]
-    prices = [v.usd for v in asked if v.attempts > 0]
+    prices = [v.usd for v in asked if v.attempts > 0 and v.verdict != "unknown"]
     return None if None in prices else math.fsum(price for price in prices if price is not None)
 
 

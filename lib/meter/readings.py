@@ -3,7 +3,7 @@
 Owns what is counted, over which clusters (rows: what is known about these is to hold for others), and the words for it.
 Unknown verdicts are in no figure. Must not know how a judge is asked, or files.
 
-    python -c "from lib.readings import repeatability; print(repeatability([], 3))"
+    python -c "from lib.meter.readings import repeatability; print(repeatability([], 3))"
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import intervals
-from lib.advantages import Gap, Scaling, rms, simulated_gap
-from lib.intervals import Estimate
 from lib.ledger import Verdict
+from lib.meter import intervals
+from lib.meter.advantages import Gap, Scaling, rms, simulated_gap
+from lib.meter.intervals import Estimate
 
 if TYPE_CHECKING:
     import numpy as np
