@@ -2,7 +2,7 @@
 
 The judge takes one second for a call. Throughput: grading calls with 64 in flight; ideal is concurrency / latency. One
 ACE step: 60 prompts with 5 answers each, all criteria of an answer in one call; as plain calls, and through
-lib/grading.py into an empty ledger. A rerun of that step must ask nothing. The server is a process on the same machine.
+lib/grading into an empty ledger. A rerun of that step must ask nothing. The server is a process on the same machine.
 The import of the client and the first call of each part are not measured.
 
 Exit status 0 = every figure is within its bar, else 1. On a machine that others use, read `others`.

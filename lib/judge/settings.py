@@ -208,7 +208,8 @@ def check_key(settings: JudgeSettings) -> None:
     if name and not os.environ.get(name, "").strip():
         raise JudgeRefused(
             f"judge: no key for {PROVIDERS[settings.provider].title}: the environment variable {name} is not set. "
-            f"Put {name}=... into .env, export it, or name another variable with task.judge.key"
+            f"Run `export {name}=...` first (on Modal it comes from .env or a secret), or name another variable with "
+            f"task.judge.key"
         )
 
 

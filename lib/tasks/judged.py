@@ -143,7 +143,7 @@ class Judged(JudgedTask, frozen=True):
         known = {name: score for name, score in needed.items() if score is not None}
         total = sum(weights.values())
         mean = sum(weights[name] * score for name, score in known.items()) / total
-        reward = min(max(mean, 0.0), 1.0) if known else None
+        reward = min(max(mean, 0.0), 1.0) if len(known) == len(needed) else None
         parts = {f"rubric/{name}": score for name, score in scores.items()}
         return Score(reward=reward, parts=parts, notes=self.notes(row, verdicts, scored=reward is not None))
 

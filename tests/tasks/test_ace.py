@@ -394,11 +394,11 @@ async def test_a_failing_judge_changes_which_answers_are_scored_and_nothing_else
     server: JudgeServer, tmp_path: Path, share: float
 ) -> None:
     clean_task = judged(server, tmp_path / "clean.sqlite")
-    asked = answers(clean_task, each=30)
+    asked = answers(clean_task, each=12)
     clean = await scores(clean_task, asked)
     server.control(faults=dict.fromkeys(FAULTS, share / len(FAULTS)), retry_after=0.02, seed=1)
     found = await scores(judged(server, tmp_path / "faulty.sqlite"), asked)
-    assert sum(server.stats()["faults"].values()) > 0.4 * share * len(asked) > 4
+    assert sum(server.stats()["faults"].values()) > 0.25 * share * len(asked) > 1
     for right, score in zip(clean, found, strict=True):
         assert score.reward is None or score.reward == right.reward
         assert all(value is None or value == right.parts[name] for name, value in score.parts.items())

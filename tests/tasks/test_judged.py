@@ -243,7 +243,7 @@ def example(server: JudgeServer, ledger: Path, **params: Any) -> Judged:
 def answers(task: Judged) -> list[tuple[Row, str]]:
     """Answers of all qualities to every row: nothing, a word, and beginnings of the references."""
     rows = list(task.rows("train"))
-    texts = ["", "no", *(row["reference"][:size] for row in rows for size in (30, 1000))]
+    texts = ["", "no", *(row["reference"][:size] for row in rows[:5] for size in (30, 1000))]
     return [(row, text) for row in rows for text in texts]
 
 
@@ -277,7 +277,7 @@ async def test_a_failing_judge_changes_which_answers_are_scored_and_nothing_else
     clean = await scores(clean_task, asked)
     server.control(faults=dict.fromkeys(FAULTS, share / len(FAULTS)), retry_after=0.02, seed=3)
     found = await scores(example(server, tmp_path / "faulty.sqlite"), asked)
-    assert sum(server.stats()["faults"].values()) > 0.4 * share * len(asked) > 4
+    assert sum(server.stats()["faults"].values()) > 0.25 * share * len(asked) > 1
     for right, score in zip(clean, found, strict=True):
         assert score.reward is None or score.reward == right.reward
         assert (score.reward is None) == ("error" in score.notes)
