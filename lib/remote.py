@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel
+
 from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import Config
 from lib.container import CLAIMS, MANIFEST, FileFact, Job, busy, live_writer, parse_manifest
@@ -149,6 +151,8 @@ def _texts(config: Config, task: Task) -> list[str]:
         value = getattr(task, name)
         if isinstance(value, str) and name != "ledger":  # a container has the run's own, and no use for another
             (must if name in ("path", "series") else may).append(value)
+        elif isinstance(value, BaseModel):  # a judge's settings: its model may be a folder
+            may += [inner for inner in dict(value).values() if isinstance(inner, str)]
     return [text for text in may if text and _may_be_path(text)] + [text for text in must if text]
 
 
