@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1  # goes into the cache key: raise it with every change here that changes the saved files
+RECIPE = 2  # goes into the cache key: raise it with every change here that changes the saved files
 FACTS = "starter.json"  # written last
 CONTEXT = 1024  # tokens
 VOCABULARY, PHRASES = 512, 256  # word pieces, the 256 bytes included, and added tokens at most
+STEP_TOKENS = 16_384  # a step of the warm start holds no more: long rows make smaller batches
 FITTED_ROWS, FITTED_CHARACTERS = 1_000, 2_000  # what the tokenizer is fitted to, of all rows and of each text
 
 # ChatML. Every message ends the same way wherever it stands, so a longer conversation starts with the shorter one's.
@@ -269,7 +270,7 @@ def _warm_start(
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=_batch_size(dataset, settings),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 5),
@@ -291,6 +292,12 @@ def _warm_start(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
+
+
+def _batch_size(dataset: Any, settings: StarterSettings) -> int:
+    """Rows in a step: as set, or what STEP_TOKENS holds of the longest, but 8 at least."""
+    longest = max(len(ids) for ids in dataset["input_ids"])
+    return min(settings.batch_size, max(8, STEP_TOKENS // longest))
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, conversation: Row) -> dict[str, list[int]]:
