@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -183,6 +184,47 @@ class RewardsSection(Section):
     """Share of rollouts that may stay unscored in one step, or one evaluation, before it stops."""
 
 
+class EndpointSection(Section):
+    """A model behind an OpenAI-compatible URL; "" = none."""
+
+    base_url: str = ""
+    """http://127.0.0.1:8000/v1, say."""
+    model: str = ""
+    """The id that is sent."""
+    key: str = ""
+    """The NAME of the environment variable that holds the key; "" = no key."""
+    beside_base: bool = True
+    """False = evaluate this model alone: no weights are loaded here."""
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Requests in flight at most."""
+    timeout: Positive = 120.0
+    """Seconds for one request."""
+    attempts: Count = 5
+    """HTTP requests for one answer at most."""
+    max_tokens: Count | None = None
+    """Of one answer, thinking included; None = sampling.completion_limit."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _whole_url(cls, base_url: str) -> str:
+        parts = urlsplit(base_url)
+        if base_url and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
+            raise ValueError("give an address like http://127.0.0.1:8000/v1, without a name or password in it")
+        return base_url.rstrip("/")
+
+    @model_validator(mode="after")  # of the whole, so that what stands under `key` is never shown
+    def _consistent(self) -> EndpointSection:
+        if self.key and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key):
+            raise ValueError(
+                "evaluation.endpoint.key: give the NAME of the environment variable that holds the key (capitals, "
+                "digits and _), OPENAI_API_KEY say; a key itself never belongs in a config"
+            )
+        if bool(self.base_url) != bool(self.model):
+            missing = "model" if self.base_url else "base_url"
+            raise ValueError(f"evaluation.endpoint.{missing} is needed too: base_url and model go together")
+        return self
+
+
 class EvaluationSection(Section):
     rows: Annotated[int, Field(ge=0)] = 512
     """Held-out rows to use; 0 = all."""
@@ -206,6 +248,9 @@ class EvaluationSection(Section):
     runs: tuple[str, ...] = ()
     """Names of runs under paths.outputs, members of a sweep say: compare their results instead of this run's own."""
 
+    endpoint: EndpointSection = EndpointSection()
+    """Evaluate the model behind this URL instead of the run's own."""
+
     @field_validator("runs", mode="before")
     @classmethod
     def _is_a_list(cls, runs: Any) -> Any:
@@ -228,6 +273,9 @@ class EvaluationSection(Section):
         if self.runs and (self.adapter or self.model):
             other = "adapter" if self.adapter else "model"
             raise ValueError(f"evaluation.runs and evaluation.{other} exclude each other: give one of them")
+        if self.endpoint.base_url and (self.runs or self.adapter or self.model):
+            other = "runs" if self.runs else "adapter" if self.adapter else "model"
+            raise ValueError(f"evaluation.endpoint and evaluation.{other} exclude each other: give one of them")
         return self
 
 
@@ -374,15 +422,22 @@ def check_key(key: str) -> None:
 
 def known_keys() -> list[str]:
     """Every config key by its dotted name, task fields apart."""
+    return _leaves(Config)
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
-    for name, field in Config.model_fields.items():
+    for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section) and inner is not TaskSection:
-            keys += [f"{name}.{leaf}" for leaf in inner.model_fields]
+            keys += _leaves(inner, f"{prefix}{name}.")
         else:
-            keys.append(field.alias or name)
+            keys.append(prefix + (field.alias or name))
     return keys
 
+
+HOW_ASKED = frozenset(f"evaluation.endpoint.{name}" for name in ("key", "concurrency", "timeout", "attempts"))
+"""Keys that decide how long a stage takes and never its result: they may change between its attempts."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import WorkbenchError, models
+from lib.answering import answer_rows, answer_there, keep_records
 from lib.config import Config, resolve_path
+from lib.endpoint import sampling_sent
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
-from lib.log import scrub
-from lib.paired import Gain, Summary, compare, summarize
-from lib.rollout import BatchGenerate, check_unscored, collect
+from lib.paired import Gain, PassAt, Summary, compare, pass_at, summarize
 from lib.runfolder import (
     Run,
     RunError,
-    atomic_file,
     base_hash,
     plain,
     read_lines,
@@ -44,11 +44,13 @@ BASE = "base"
 
 
 class Policy(NamedTuple):
-    """What is evaluated: the base model, or an adapter or whole model on disk."""
+    """What is evaluated: the base model, an adapter or whole model on disk, or a model behind a URL."""
 
     name: str
     path: str | None
     is_adapter: bool
+    is_endpoint: bool = False
+    """Asked over HTTP (evaluation.endpoint): no weights of it are here."""
 
 
 class Comparison(NamedTuple):
@@ -66,32 +68,8 @@ class Comparison(NamedTuple):
     """Where evaluation.runs names runs: the config keys in which they differ, by run, the best sampled reward first."""
     over_runner_up: Gain | None
     """The best run's sampled answers against the second best's; chosen on these very rows, so it flatters the best."""
-
-
-def answer_rows(
-    task: Task, rows: Sequence[Row], generate: BatchGenerate, samples: int, max_unscored: float, where: str
-) -> list[dict[str, Any]]:
-    """Answer every row `samples` times and score the answers: one plain record each, in row order.
-
-    Raises UnscoredLimitError where more than a share `max_unscored` could not be judged.
-    """
-    repeated = [row for row in rows for _ in range(samples)]
-    scored = collect(task, repeated, generate)
-    check_unscored((s.score for s in scored), max_unscored, where)
-    return [
-        {
-            "row": rollout.row["id"],
-            "category": rollout.row.get("category"),
-            "prompt": rollout.row["prompt"][-1].get("content"),
-            "answer": rollout.text,
-            "reward": score.reward,
-            "masked": score.masked,
-            "parts": score.parts,
-            "notes": score.notes,
-            "stop": rollout.stop,
-        }
-        for rollout, score in scored
-    ]
+    pass_at: dict[str, list[PassAt]]
+    """Of sampled answers, by label; empty lists where the task has no part `solved`."""
 
 
 def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
@@ -126,11 +104,11 @@ def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
 
 
 def compare_policies(records: dict[str, list[dict[str, Any]]], final: str, lowest: float = 0.0) -> Comparison:
-    """Summaries, and paired gains over the base with the same decoding."""
+    """Summaries, and paired gains over the base with the same decoding (none where the base is not among them)."""
     gains = {}
     for label in records:
         name, decoding = label.rsplit(" ", 1)
-        if name != BASE:
+        if name != BASE and _label(BASE, False) in records:
             gains[label] = compare(records[_label(BASE, decoding == "greedy")], records[label])
     greedy_base, sampled = records.get(_label(BASE, True)), records[_label(final, False)]
     return Comparison(
@@ -141,6 +119,7 @@ def compare_policies(records: dict[str, list[dict[str, Any]]], final: str, lowes
         final=final,
         settings={},
         over_runner_up=None,
+        pass_at={label: pass_at(some) for label, some in records.items() if label.endswith(" sampled")},
     )
 
 
@@ -190,6 +169,11 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
     base = Policy(BASE, None, False)
     if config.evaluation.runs:
         return [base, *_named_policies(config, run)]
+    endpoint = config.evaluation.endpoint
+    if endpoint.base_url:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", endpoint.model).strip("-.") or "endpoint"
+        behind_url = Policy("endpoint" if name == BASE else name, None, False, is_endpoint=True)
+        return [base, behind_url] if endpoint.beside_base else [behind_url]
     named = config.evaluation.adapter or config.evaluation.model
     if named:
         path = str(resolve_path(named)) if resolve_path(named).is_dir() else named
@@ -296,6 +280,8 @@ def _source(config: Config, run: Run) -> str:
 
 def _decodings(config: Config, policy: Policy, final: Policy) -> list[bool]:
     """Sampled for every policy; greedy (True) also for base, result and named runs, where asked for."""
+    if policy.is_endpoint and "temperature" not in sampling_sent(config.evaluation, 1, True):
+        return [False]  # OpenAI's thinking models have one way to answer
     both = config.evaluation.greedy and (policy.name in (BASE, final.name) or bool(config.evaluation.runs))
     return [False, True] if both else [False]
 
@@ -303,6 +289,17 @@ def _decodings(config: Config, policy: Policy, final: Policy) -> list[bool]:
 def _answer_missing(
     config: Config, task: Task, run: Run, rows: Sequence[Row], missing: list[tuple[Policy, bool]]
 ) -> None:
+    here = [(policy, greedy) for policy, greedy in missing if not policy.is_endpoint]
+    if here:
+        _answer_here(config, task, run, rows, here)
+    for policy, greedy in missing:
+        if policy.is_endpoint:
+            path, label = _file(run, policy.name, greedy), _label(policy.name, greedy)
+            answer_there(config, task, _rows_for_endpoint(config, run, rows), greedy, path, label)
+
+
+def _answer_here(config: Config, task: Task, run: Run, rows: Sequence[Row], missing: list[tuple[Policy, bool]]) -> None:
+    """Answers of models on this machine."""
     import torch
 
     source = _source(config, run)
@@ -318,8 +315,15 @@ def _answer_missing(
             label = _label(policy.name, greedy)
             limit = config.rewards.max_unscored
             records = answer_rows(task, asked, batched(chat, sample), samples, limit, where=label)
-            _keep(_file(run, policy.name, greedy), records)
+            keep_records(_file(run, policy.name, greedy), records)
             logger.info("evaluation: %s on %d rows: reward %.4f", label, len(asked), summarize(label, records).reward)
+
+
+def _rows_for_endpoint(config: Config, run: Run, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that the base answers too, by its tokenizer's count of a prompt; all rows where it is not asked."""
+    if not config.evaluation.endpoint.beside_base:
+        return rows
+    return _asked_rows(config, rows, Chat(models.load_tokenizer(_source(config, run), config.model)))
 
 
 def _loaded(config: Config, source: str, policies: Iterable[Policy]) -> Iterator[tuple[Policy, Any]]:
@@ -360,12 +364,6 @@ def _inputs(policies: Iterable[Policy], rows: Sequence[Row]) -> dict[str, str]:
     return {"rows": digest.hexdigest(), **weights}
 
 
-def _keep(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_file(path) as file:
-        for record in records:
-            file.write(scrub(to_line(record)))
-
-
 def _file(run: Run, policy: str, greedy: bool) -> Path:
     return run.path("evaluation", f"{policy}-{'greedy' if greedy else 'sampled'}.jsonl")
 
@@ -384,6 +382,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
             "final": comparison.final,
             "settings": comparison.settings,
             "over_runner_up": best._asdict() if best else None,
+            "pass_at": {label: [one._asdict() for one in some] for label, some in comparison.pass_at.items()},
         }
     )
     return values

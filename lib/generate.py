@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from lib import WorkbenchError
 from lib.config import EvaluationSection
 from lib.rollout import BatchGenerate, Request
 from lib.task import Generate, Message, Row, Turn
@@ -25,6 +26,18 @@ _CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)<\|(?:end|retur
 
 Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 """Prompts as ids -> (answers as ids with their end token, log-probabilities of the sampled tokens or None)."""
+
+
+class TemplateError(WorkbenchError, ValueError):
+    """The chat template does not keep earlier turns as they were sampled; the message says what to use instead."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the chat template rewrites earlier turns, or their end token, when a message is added, so the sampled "
+            "tokens cannot be kept. Use a template whose longer conversations begin with the shorter ones: "
+            "trl.chat_template_utils.get_training_chat_template(tokenizer) makes one for many models that drop their "
+            "thinking (save the tokenizer with it, and name that folder in model.name); or a task of one turn."
+        )
 
 
 class Chat:
@@ -51,11 +64,16 @@ class Chat:
         )
 
     def continued_ids(self, request: Request) -> list[int]:
-        """Ids of a later turn: the earlier ids as sampled, then only the new messages rendered and appended."""
+        """Ids of a later turn: the earlier ids as sampled, then only the new messages rendered and appended.
+
+        Raises TemplateError where the chat template rewrites history.
+        """
         previous = request.previous
         if previous is None or previous.prompt_ids is None or previous.output_ids is None:
             return self.prompt_ids(request.messages, request.tools)
-        own = max(i for i, message in enumerate(request.messages) if message == previous.message)
+        own = request.said_at
+        if own is None:
+            own = max(i for i, message in enumerate(request.messages) if message == previous.message)
         asked = self.text(request.messages[:own], request.tools)
         before = self.text(request.messages[: own + 1], request.tools, answer=False)
         after = self.text(request.messages, request.tools)
@@ -65,10 +83,7 @@ class Chat:
             (before.rfind(text, len(asked)) + len(text) for text in self._end_texts() if text in before), default=0
         )
         if end <= len(asked) or not before.startswith(asked) or not after.startswith(before):
-            raise ValueError(
-                "the chat template rewrites earlier turns, or their end token, when a message is added, so the sampled "
-                "tokens cannot be kept. Use a template whose longer conversations begin with the shorter ones."
-            )
+            raise TemplateError
         suffix = before[end:] + after[len(before) :]
         tokens = self.tokenizer.encode(suffix, add_special_tokens=False)
         return [*previous.prompt_ids, *previous.output_ids, *tokens]
@@ -101,6 +116,20 @@ class Chat:
             json.loads(messages), tools=json.loads(tools) or None, add_generation_prompt=True, return_dict=False
         )
         return tuple(ids)
+
+
+def check_turns(chat: Chat, row: Row) -> None:
+    """Answer a row twice, with and without thinking, before anything is trained. Raises TemplateError."""
+    for text in ("An answer.", "<think>\nA thought.\n</think>\n\nAn answer."):
+        output = [*chat.tokenizer.encode(text, add_special_tokens=False), min(chat.end_ids)]
+        messages, tools = list(row["prompt"]), row.get("tools")
+        request = Request(messages, tools, None)
+        for _ in range(2):
+            turn = chat.turn(chat.continued_ids(request), output, None)
+            said_at = len(messages)
+            messages = [*messages, turn.message, {"role": "user", "content": "Go on."}]
+            request = Request(messages, tools, turn, said_at)
+        chat.continued_ids(request)
 
 
 def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:

@@ -58,6 +58,46 @@ class Summary(NamedTuple):
     parts: dict[str, float]
 
 
+class PassAt(NamedTuple):
+    """The chance that at least one of k sampled answers solves a row, over rows."""
+
+    k: int
+    mean: float
+    low: float
+    high: float
+    """95 % bootstrap interval over rows."""
+    n: int
+    """Rows with at least k scored answers."""
+
+
+def pass_at(records: Sequence[Mapping[str, Any]], seed: int = 0) -> list[PassAt]:
+    """pass@k for k = 1, 2, 4, ... and the most answers that a row has; [] without a part `solved`.
+
+    The unbiased estimate of Chen et al. 2021 (arXiv:2107.03374): 1 - C(n - c, k) / C(n, k) with c of n answers right.
+    A masked answer solves nothing; an unscored one is left out.
+    """
+    import numpy as np
+
+    solved: dict[str, list[bool]] = {}
+    for record in records:
+        value = 0.0 if record["masked"] else record["parts"].get("solved")
+        if value is not None and (record["reward"] is not None or record["masked"]):
+            solved.setdefault(record["row"], []).append(value >= 1)
+    if not any("solved" in record["parts"] for record in records):
+        return []
+    most = max(map(len, solved.values()), default=0)
+    found = []
+    for k in sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} - {0})):
+        chances = [_chance(len(some), sum(some), k) for some in solved.values() if len(some) >= k]
+        low, high = interval(np.asarray(chances), seed)
+        found.append(PassAt(k, _mean(chances), low, high, len(chances)))
+    return found
+
+
+def _chance(answers: int, right: int, k: int) -> float:
+    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
 def row_rewards(records: Iterable[Mapping[str, Any]], part: str = "reward") -> dict[str, float | None]:
     """One number per row: the mean over its samples of the reward, or of a part; None where nothing was scored."""
     values: dict[str, list[float]] = {}
@@ -149,6 +189,8 @@ def by_category(
 
 def by_part(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Gain]:
     """The paired gain of every part that is a share or a verdict (0 to 1); parts of single rows are left out."""
+    if not before or not after:
+        return {}
     values: dict[str, list[float]] = {}
     for record in [*before, *after]:
         for name, value in record["parts"].items():

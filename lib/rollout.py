@@ -14,7 +14,7 @@ import math
 import queue
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +26,9 @@ from lib.task import Generate, Message, Rollout, Row, Score, Task, Turn
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+WORLD_LIMIT = 600.0
+"""Seconds that a task's `reply` may take."""
 
 
 class UnscoredLimitError(WorkbenchError, RuntimeError):
@@ -44,6 +47,8 @@ class Request(NamedTuple):
     tools: Sequence[dict[str, Any]] | None
     previous: Turn | None
     """The policy's turn before this one: its ids are kept, only the messages after it are rendered."""
+    said_at: int | None = None
+    """Where that turn's message stands in `messages`; None = it is looked for."""
 
 
 class TokenRow(NamedTuple):
@@ -105,6 +110,23 @@ def collect(task: Task, rows: Sequence[Row], generate: BatchGenerate) -> list[Sc
     return done.result()
 
 
+def play_each(
+    task: Task, rows: Iterable[Row], generate: Generate, at_once: int
+) -> Generator[tuple[int, Scored], None, None]:
+    """Play and score rows side by side, each at its own pace, `at_once` at a time: (index, result) as each one ends.
+
+    Closing the iterator cancels what is still going on.
+    """
+    ended: queue.SimpleQueue[tuple[int, Scored] | None] = queue.SimpleQueue()
+    done = submit(_play_side_by_side(task, rows, generate, at_once, ended))
+    try:
+        while (one := ended.get()) is not None:
+            yield one
+        done.result()
+    finally:
+        done.cancel()
+
+
 def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
     """Run a coroutine on the process's one background loop."""
     return asyncio.run_coroutine_threadsafe(work, background_loop())
@@ -164,6 +186,25 @@ def to_tokens(rollout: Rollout) -> TokenRow:
     return TokenRow(prompt, output, mask, logprobs)
 
 
+async def _play_side_by_side(
+    task: Task,
+    rows: Iterable[Row],
+    generate: Generate,
+    at_once: int,
+    ended: queue.SimpleQueue[tuple[int, Scored] | None],
+) -> None:
+    waiting = enumerate(rows)
+
+    async def play_next() -> None:
+        for index, row in waiting:
+            ended.put((index, await attempt(task, row, generate)))
+
+    try:
+        await asyncio.gather(*(play_next() for _ in range(at_once)))
+    finally:
+        ended.put(None)
+
+
 async def _play(task: Task, rollout: Rollout, generate: Generate) -> AsyncIterator[Rollout]:
     """The rollout after each turn; the last one carries why it stopped."""
     while True:
@@ -175,13 +216,25 @@ async def _play(task: Task, rollout: Rollout, generate: Generate) -> AsyncIterat
             yield rollout.model_copy(update={"stop": "length"})
             return
         yield rollout  # before the world answers: where that breaks, the sampled turn is kept
-        replies = await task.reply(rollout)
+        replies = await _answer_of(task, rollout)
         if not replies:
             return
         if len(rollout.turns) >= task.max_turns:
             yield rollout.model_copy(update={"stop": "max_turns"})
             return
         rollout = rollout.model_copy(update={"messages": (*rollout.messages, *replies)})
+
+
+async def _answer_of(task: Task, rollout: Rollout) -> list[Message]:
+    """The world's answer. Raises TimeoutError: one that is stuck would hold up all rollouts in lockstep with it."""
+    limit = asyncio.timeout(WORLD_LIMIT)
+    try:
+        async with limit:
+            return await task.reply(rollout)
+    except TimeoutError:
+        if not limit.expired():
+            raise  # the world's own
+        raise TimeoutError(f"the task's reply took longer than {WORLD_LIMIT:g} s") from None
 
 
 def _check_score(task: Task, score: Score) -> None:
@@ -218,13 +271,14 @@ class _Lockstep:
 
     async def _play_one(self, task: Task, index: int, row: Row) -> Scored:
         previous: Turn | None = None
+        said_at = 0
 
         async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
-            nonlocal previous
+            nonlocal previous, said_at
             future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-            self._waiting[index] = (Request(messages, tools, previous), future)
+            self._waiting[index] = (Request(messages, tools, previous, said_at), future)
             self._hand_over()
-            previous = await future
+            previous, said_at = await future, len(messages)
             return previous
 
         try:

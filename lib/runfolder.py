@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
-from lib.config import SCHEMA, Config, ConfigError, parse_config, resolve_path
+from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, parse_config, resolve_path
 from lib.cost import Bill, read_bill
 from lib.log import scrub, start_logging
 from lib.places import RUN
@@ -503,7 +503,7 @@ def _differences(known: Any, now: Any, where: str = "") -> list[str]:
             d for key in keys for d in _differences(known.get(key), now.get(key), f"{where}.{key}" if where else key)
         ]
     where = where.removeprefix("config.")
-    return [] if known == now else [f"{where} was {known!r}, now {now!r}"]
+    return [] if known == now or where in HOW_ASKED else [f"{where} was {known!r}, now {now!r}"]
 
 
 def _shown(path: Path) -> str:

@@ -91,9 +91,10 @@ def starter_path(rows: Sequence[Row], cache_root: Path, **settings: Any) -> Path
 def build_starter(rows: Sequence[Row], folder: Path, **settings: Any) -> Path:
     """Build tokenizer and model from the rows, warm-start the model, and save both to `folder`, whole or not at all.
 
-    A row needs `prompt` and either `demonstration` (assistant message: what the policy is to imitate, good or bad) or
-    `gold`; where no row has one, passages of the prompts are imitated. `settings` are the fields of StarterSettings.
-    Raises StarterError.
+    A row needs `prompt` and one of: `demonstrations` (conversations that follow the prompt, each a list of messages in
+    turn from the assistant's first to its last: all that the assistant says in them is imitated), `demonstration` (one
+    assistant message: what the policy is to imitate, good or bad), `gold`. Where no row has any, passages of the
+    prompts are imitated. `settings` are the fields of StarterSettings. Raises StarterError.
     """
     chosen = StarterSettings(**settings)
     if folder.exists():
@@ -117,7 +118,7 @@ def _build_into(folder: Path, conversations: Sequence[Row], settings: StarterSet
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # logs are plain lines
-    tokenizer = build_tokenizer(_texts(conversations))
+    tokenizer = build_tokenizer(_texts(conversations), letters=any(one.get("played") for one in conversations))
     dataset = Dataset.from_list([_tokenize(tokenizer, conversation) for conversation in conversations])
     # The warm start seeds torch's generator: the caller gets his own back.
     with torch.random.fork_rng(devices=[]):
@@ -150,12 +151,18 @@ def _content_key(rows: Sequence[Row], settings: StarterSettings) -> str:
     digest = hashlib.sha256(json.dumps([RECIPE, settings.model_dump()], sort_keys=True).encode())
     for row in rows:
         seen = [row["prompt"], row.get("tools"), row.get("demonstration"), row.get("gold")]
+        seen += [row["demonstrations"]] if row.get("demonstrations") else []
         digest.update(json.dumps(seen, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
 def _conversations(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
-    """For each row its prompt and the one answer to imitate, under `answer`."""
+    """For each row its prompt and the one answer to imitate, under `answer`; or every conversation that it shows.
+
+    Of a conversation, the last message is the `answer`, and those between it and the prompt are under `played`.
+    """
+    if any(row.get("demonstrations") for row in rows):
+        return [one for row in rows for one in _shown(row)]
     random = Random(settings.seed)
     if not any(row.get("demonstration") or row.get("gold") for row in rows):
         # Judged tasks know no right answer. Passages of the prompts are text at least, and some say more than others.
@@ -169,6 +176,20 @@ def _conversations(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
         shown = row if row.get("demonstration") or random.random() < settings.gold_share else random.choice(rows)
         conversations.append({"prompt": row["prompt"], "tools": row.get("tools"), "answer": _first_answer(shown)})
     return conversations
+
+
+def _shown(row: Row) -> list[Row]:
+    """The conversations under a row's `demonstrations`."""
+    shown = row.get("demonstrations")
+    games = shown if isinstance(shown, list) else []
+    if not games or not all(isinstance(game, list) and game and game[-1]["role"] == "assistant" for game in games):
+        raise StarterError(
+            f"row {row.get('id')!r}: `demonstrations` must be a list of conversations, each a list of messages that"
+            " ends with the assistant's; where one row has them, all rows need some."
+        )
+    return [
+        {"prompt": row["prompt"], "tools": row.get("tools"), "played": game[:-1], "answer": game[-1]} for game in games
+    ]
 
 
 def _passage(row: Row, random: Random) -> Message:
@@ -190,13 +211,16 @@ def _first_answer(row: Row) -> Message:
 
 
 def _texts(conversations: Sequence[Row]) -> list[str]:
-    messages = [message for one in conversations[:FITTED_ROWS] for message in (*one["prompt"], one["answer"])]
+    fitted = conversations[:FITTED_ROWS]
+    messages = [message for one in fitted for message in (*one["prompt"], *one.get("played", ()), one["answer"])]
     pairs = [(message["role"] + "\n", str(message.get("content") or "")[:FITTED_CHARACTERS]) for message in messages]
     return [text for pair in pairs for text in pair]
 
 
-def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Sequence[str], letters: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer of class Qwen2Tokenizer, fitted to the texts; eos `<|im_end|>`, pad `<|endoftext|>`, pads left.
+
+    `letters`: a capital letter that stands alone is a token of its own, as numbers are (games spell with them).
 
     For a Qwen2 model AutoTokenizer always builds a Qwen2Tokenizer with that class's own pre-tokenizer, whatever the
     folder names (transformers 5.17, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS). So this one is of that class from the
@@ -216,19 +240,19 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=CONTEXT,
     )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in _frequent_phrases(texts)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in _frequent_phrases(texts, letters)])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def _frequent_phrases(texts: Sequence[str]) -> list[str]:
+def _frequent_phrases(texts: Sequence[str], letters: bool) -> list[str]:
     """The pieces that a tokenizer without word borders cuts the texts into, the most frequent first."""
     from tokenizers import Regex, pre_tokenizers
 
     # A number stands alone, so that equal numbers look equal; one in brackets belongs to its phrase.
-    numbers = pre_tokenizers.Split(Regex(r" ?\b\d+\b(?!\])"), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cut = _fit_bpe(texts, pre_tokenizers.Sequence([numbers, letters]))
+    alone = pre_tokenizers.Split(Regex(r" ?\b(?:[A-Z]|\d+(?!\]))\b" if letters else r" ?\b\d+\b(?!\])"), "isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = _fit_bpe(texts, pre_tokenizers.Sequence([alone, bytes_of]))
     pieces = Counter(text[begin:end] for text in texts for begin, end in cut.encode(text).offsets)
     # ASCII only: an added token is decoded as if its text were byte-level characters, and other letters are not.
     frequent = [piece for piece, count in pieces.most_common() if len(piece) > 1 and count > 1 and piece.isascii()]
@@ -301,14 +325,21 @@ def _batch_size(dataset: Any, settings: StarterSettings) -> int:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, conversation: Row) -> dict[str, list[int]]:
-    prompt, tools = conversation["prompt"], conversation["tools"]
-    head = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, conversation["answer"]], tools=tools, tokenize=False)
-    assert isinstance(head, str) and isinstance(whole, str)
-    # Encoded apart, as when the policy is sampled: no token spans the two. Of what is too long the end is kept.
-    head_ids, answer_ids = tokenizer(head)["input_ids"], tokenizer(whole[len(head) :].rstrip("\n"))["input_ids"]
-    ids, labels = [*head_ids, *answer_ids], [-100] * len(head_ids) + answer_ids
-    return {"input_ids": ids[-CONTEXT:], "labels": labels[-CONTEXT:]}
+    messages, tools = list(conversation["prompt"]), conversation["tools"]
+    ids: list[int] = []
+    labels: list[int] = []
+    before = ""
+    for message in (*conversation.get("played", ()), conversation["answer"]):
+        if message["role"] == "assistant":
+            head = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            whole = tokenizer.apply_chat_template([*messages, message], tools=tools, tokenize=False)
+            assert isinstance(head, str) and isinstance(whole, str)
+            # Encoded apart, as when the policy is sampled: no token spans the two.
+            said = whole[len(head) :].rstrip("\n")
+            told_ids, said_ids = tokenizer(head[len(before) :])["input_ids"], tokenizer(said)["input_ids"]
+            ids, labels, before = [*ids, *told_ids, *said_ids], labels + [-100] * len(told_ids) + said_ids, head + said
+        messages.append(message)
+    return {"input_ids": ids[-CONTEXT:], "labels": labels[-CONTEXT:]}  # of what is too long the end is kept
 
 
 def _progress_callback() -> Any:

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from lib.config import EvaluationSection
-from lib.generate import Chat, batched, end_ids, local_sample, scripted
+from lib.generate import Chat, TemplateError, batched, check_turns, end_ids, local_sample, scripted
 from lib.rollout import Request, collect, to_tokens
 from lib.starter import build_tokenizer
 from lib.task import Message, Rollout, Row, Score, Task, Turn
@@ -29,6 +29,12 @@ DROPS_THINKING = """\
 {%- else %}{{ m.content }}{% endif %}
 {{- '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+OTHER_END = NO_NEWLINE.replace("<|im_end|>' }}{% endfor", "</s>' }}{% endfor")
+
+OTHER_END_LATER = NO_NEWLINE.replace(
+    "m.content + '<|im_end|>'", "m.content + ('<|im_end|>' if loop.last or m.role != 'assistant' else '</s>')"
+)
 
 COUNTS_MESSAGES = "{{ '<' + (messages | length | string) + '>' }}" + NO_NEWLINE
 
@@ -184,7 +190,15 @@ def test_several_messages_of_the_world_are_appended_in_order(chat: Chat) -> None
     assert chat.continued_ids(Request(longer, None, turn)) == whole(chat, longer)
 
 
-@pytest.mark.parametrize("template", [DROPS_THINKING, COUNTS_MESSAGES], ids=["drops thinking", "counts messages"])
+REWRITING = {
+    "drops thinking": DROPS_THINKING,
+    "counts messages": COUNTS_MESSAGES,
+    "another end token": OTHER_END,
+    "another end token later": OTHER_END_LATER,
+}
+
+
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
 def test_a_template_that_rewrites_history_is_refused_with_the_fix(tokenizer: Any, template: str) -> None:
     chat = with_template(tokenizer, template)
     messages, turn = played(chat, "yes", "<think>no</think>it is five")
@@ -192,6 +206,39 @@ def test_a_template_that_rewrites_history_is_refused_with_the_fix(tokenizer: Any
         ValueError, match=r"rewrites earlier turns.*Use a template whose longer conversations begin with the shorter"
     ):
         chat.continued_ids(Request([*messages, user("yes")], None, turn))
+
+
+@pytest.mark.parametrize("template", REWRITING.values(), ids=REWRITING)
+def test_such_a_template_is_told_before_anything_is_sampled(tokenizer: Any, template: str) -> None:
+    row: Row = {"id": "1", "prompt": [user("yes")]}
+    with pytest.raises(TemplateError, match=r"rewrites earlier turns.*get_training_chat_template"):
+        check_turns(with_template(tokenizer, template), row)
+    for kept in (Chat(tokenizer), with_template(tokenizer, NO_NEWLINE)):
+        check_turns(kept, row)
+
+
+def test_a_template_that_drops_thinking_at_once_keeps_what_was_sampled(tokenizer: Any) -> None:
+    chat = with_template(tokenizer, DROPS_THINKING.replace(" and not loop.last", ""))
+    check_turns(chat, {"id": "1", "prompt": [user("yes")]})
+    messages, turn = played(chat, "yes", "<think>no</think>it is five")
+    ids = chat.continued_ids(Request([*messages, user("yes")], None, turn))
+    known = [*(turn.prompt_ids or ()), *(turn.output_ids or ())]
+    assert ids[: len(known)] == known and "<think>no</think>" in chat.tokenizer.decode(ids)
+
+
+def test_a_world_that_repeats_the_policys_words_is_not_taken_for_it(chat: Chat) -> None:
+    def sample(prompts: list[list[int]]) -> tuple[list[list[int]], None]:
+        return [answer_ids(chat, "yes") for _ in prompts], None
+
+    class Echo(Game, frozen=True):
+        async def reply(self, rollout: Rollout) -> list[Message]:
+            echo = [user("no, try again"), {"role": "assistant", "content": "yes"}, user("it is five")]
+            return echo if len(rollout.turns) < 2 else []
+
+    (scored,) = collect(Echo(), [{"id": "1", "prompt": [user("no")]}], batched(chat, sample))
+    tokens = to_tokens(scored.rollout)
+    rendered = chat.text(scored.rollout.messages, answer=False).removesuffix("\n")
+    assert chat.tokenizer.decode(tokens.prompt_ids + tokens.output_ids) == rendered
 
 
 def test_an_answer_that_ended_with_the_other_end_token_can_be_continued(tokenizer: Any) -> None:

@@ -20,6 +20,8 @@ import pytest
 from judge_server import HTTP_FAULTS, JudgeServer, running_judge
 from pydantic import ValidationError
 
+from lib import calls
+from lib.calls import retry_after
 from lib.cost import load_prices, read_bill, record_usage
 from lib.judge import (
     Judge,
@@ -28,12 +30,10 @@ from lib.judge import (
     JudgeSettings,
     Reply,
     UselessReply,
-    asking,
     check_judge,
     load_catalogue,
     open_judge,
 )
-from lib.judge.http import retry_after
 from lib.judge.settings import takes_temperature
 from lib.task import TaskError, load_task
 
@@ -58,7 +58,7 @@ def server(running: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer
     """The judge, well-behaved and with nothing counted; no run, and short waits between attempts."""
     running.control(reset=True)
     monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.02)
     return running
 
 
@@ -246,7 +246,7 @@ async def test_what_can_never_work_is_refused_at_once_and_remembered(
         await ask(judge)
     assert server.stats()["requests"] <= 4  # those that were in flight
     server.control(reset=True)
-    monkeypatch.setattr(asking, "REMEMBERED", 0.0)
+    monkeypatch.setattr(calls, "REMEMBERED", 0.0)
     assert await ask(judge)  # mended, after a minute
 
 
@@ -338,7 +338,7 @@ async def test_no_more_requests_are_in_flight_than_allowed(server: JudgeServer) 
 async def test_a_call_that_waits_for_its_next_attempt_holds_no_slot(
     server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0.6)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.6)
     server.control(script=["server_error"])
     judge, ended = judge_at(server, concurrency=1), []
 

@@ -23,13 +23,14 @@ ORDER = """
     task
     config   log   tables   ledger   cost
     quote
-    provenance   data   sandbox
+    provenance   data   sandbox   calls
     judge
     runfolder   grading   reward_model
     tasks
     rollout
     models   starter   trainer   paired
-    generate
+    generate   endpoint
+    answering
     evaluate   prepare
     meter   attacks
     preflight
@@ -54,6 +55,9 @@ FORBIDDEN = {
     "reward_model": ["task", "tasks", "rollout", "trainer"],
     "attacks": ["trainer", "backends", "tasks"],
     "meter": ["trainer", "backends", "tasks"],
+    "calls": ["task", "tasks", "rollout", "trainer", "config"],
+    "endpoint": ["tasks", "trainer", "backends"],
+    "answering": ["tasks", "trainer", "backends", "models"],
     "judge": ["task", "tasks", "rollout", "trainer"],
     "sandbox": ["task", "tasks", "rollout", "trainer"],
     "rollout": ["tasks", "trainer", "backends", "config", "runfolder"],

@@ -17,19 +17,24 @@ from typing import Any
 import pytest
 
 from lib import PROJECT_ROOT
-from lib.generate import scripted
+from lib.backends.local import to_batch
+from lib.generate import Chat, batched, scripted
 from lib.rollout import (
     Request,
+    Scored,
     UnscoredLimitError,
     attempt,
     background_loop,
     check_unscored,
     collect,
+    play_each,
     run_rollout,
     submit,
     to_tokens,
 )
+from lib.starter import build_tokenizer
 from lib.task import Message, Rollout, Row, Score, Task, Turn
+from lib.trainer import Batch
 
 Jitter = Callable[[], float]
 
@@ -219,6 +224,49 @@ def test_scripted_replies_play_a_row() -> None:
         run_rollout(World(), row("a", turns=3), scripted("one", {"role": "assistant", "content": "two"}))
     )
     assert [turn.message["content"] for turn in rollout.turns] == ["one", "two", "one"]
+
+
+# -- side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_rollouts_played_side_by_side_do_not_wait_for_one_another() -> None:
+    stuck = asyncio.Event()
+
+    async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+        if messages[0]["content"] == "0":
+            await stuck.wait()
+        return Turn(message={"role": "assistant", "content": "x"})
+
+    ended = []
+    for index, scored in play_each(World(), rows(100, turns=3), generate, at_once=100):
+        ended.append(index)
+        assert len(scored.rollout.turns) == 3 and scored.score.reward == 0.5
+        if len(ended) == 99:
+            background_loop().call_soon_threadsafe(stuck.set)
+    assert ended[-1] == 0 and sorted(ended) == list(range(100))
+
+
+def test_no_more_are_played_at_once_than_allowed() -> None:
+    now, most = 0, 0
+
+    async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.001)
+        now -= 1
+        return Turn(message={"role": "assistant", "content": "x"})
+
+    assert len(list(play_each(World(), rows(30), generate, at_once=7))) == 30 and most == 7
+
+
+def test_a_world_that_never_answers_is_unscored_and_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lib.rollout.WORLD_LIMIT", 0.2)
+    scored = collect(World(), [row(0, turns=2), row(1, turns=2, pause=60.0)], Policy())
+    assert [s.score.reward for s in scored] == [0.5, None]
+    assert scored[1].score.notes == {"error": "TimeoutError: the task's reply took longer than 0.2 s"}
 
 
 # -- what breaks is unscored, never zero ------------------------------------------------------------------------------
@@ -527,3 +575,104 @@ def test_signals_are_left_to_the_process() -> None:
     before = signal.getsignal(signal.SIGINT)
     collect(World(), rows(2), Policy())
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- tokens in training -----------------------------------------------------------------------------------------------
+
+
+def two_turn_batch(chat: Any, worlds: str = "and?") -> list[Scored]:
+    """Two groups of four two-turn rollouts with random tokens, and rewards that differ within the groups."""
+    drawn = random.Random(0)
+
+    def sample(prompts: list[list[int]]) -> tuple[list[list[int]], None]:
+        return [[*drawn.choices(range(5, 200), k=drawn.randint(1, 5)), min(chat.end_ids)] for _ in prompts], None
+
+    class Speaks(World, frozen=True):
+        async def reply(self, rollout: Rollout) -> list[Message]:
+            return [{"role": "user", "content": worlds}] if len(rollout.turns) < 2 else []
+
+    played = [row(f"{group}", earns=[0.0, 0.25, 1.0, 0.5][copy]) for group in range(2) for copy in range(4)]
+    return collect(Speaks(), played, batched(chat, sample))
+
+
+def gradient_of(folder: Any, tokenizer: Any, batch: Batch, steps: int = 1) -> Any:
+    """The first gradient that TRL's trainer takes of a batch (DAPO's loss, no KL)."""
+    from test_trainer import group, trained
+
+    groups = [group(seed, 0.0, 0.0, 0.0, 0.0) for seed in range(2)]
+    return trained(folder, tokenizer, groups, lambda trainer, rows: batch, beta=0.0, steps=steps).gradients[0]
+
+
+def test_the_loss_of_two_turns_is_that_of_the_same_tokens_turn_by_turn(tmp_path: Any) -> None:
+    """By hand every turn is a sequence of its own: its prompt as it was sampled from, then what was sampled."""
+    import torch
+    from test_trainer import group, trainer_on
+
+    tokenizer = build_tokenizer(["user\n", "assistant\n", "yes no", "and?"] * 5)
+    scored = two_turn_batch(Chat(tokenizer))
+    found = gradient_of(tmp_path / "trl", tokenizer, to_batch(scored, 4))
+    model = trainer_on(tmp_path / "hand", tokenizer, [group(seed, 0.0, 0.0, 0.0, 0.0) for seed in range(2)]).model
+    model.train()
+    rewards = torch.tensor([s.score.reward for s in scored], dtype=torch.float64).view(2, 4)
+    advantages = ((rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for advantage, (rollout, _) in zip(advantages, scored, strict=True):
+        assert len(rollout.turns) == 2
+        for turn in rollout.turns:
+            prompt, output = turn.prompt_ids or (), turn.output_ids or ()
+            logits = model(input_ids=torch.tensor([[*prompt, *output]])).logits[0, len(prompt) - 1 : -1]
+            total = total - advantage * logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None]).sum()
+            tokens += len(output)
+    (total / tokens).backward()
+    named = sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    expected = torch.cat([p.grad.flatten() for _, p in named])
+    # TRL keeps advantages in float32.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_gradients_do_not_depend_on_the_worlds_tokens(tmp_path: Any) -> None:
+    """Whatever the world says last, which no later token has seen, the gradient is the same to the bit."""
+    import torch
+
+    tokenizer = build_tokenizer(["user\n", "assistant\n", "yes no", "and?"] * 5)
+    batch = to_batch(two_turn_batch(Chat(tokenizer)), 4)
+    gradients = []
+    for seed in range(3):
+        said = [[random.Random(f"{seed} {i}").randrange(5, 200) for _ in range(4)] for i in range(8)]
+        longer = batch._replace(
+            output_ids=[ids + world for ids, world in zip(batch.output_ids, said, strict=True)],
+            mask=[mask + [0] * 4 for mask in batch.mask],
+        )
+        gradients.append(gradient_of(tmp_path / str(seed), tokenizer, longer))
+    assert float(gradients[0].abs().max()) > 0
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+    trained_on = batch._replace(mask=[[1] * len(mask) for mask in batch.mask])
+    kept, lost = (gradient_of(tmp_path / name, tokenizer, b) for name, b in (("a", batch), ("b", trained_on)))
+    assert not torch.allclose(kept, lost, rtol=1e-3)  # had the world's tokens been trained on, it would show
+
+
+def test_training_over_several_turns_refuses_a_template_that_rewrites_them_before_it_samples(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib import models
+    from lib.backends import local
+    from lib.config import load_config
+    from lib.generate import TemplateError
+    from lib.runfolder import open_run
+
+    places = {"paths.outputs": str(tmp_path / "outputs"), "paths.cache": str(tmp_path / "cache"), "starter.steps": 1}
+    config = load_config("configs/smoke/decisions.yaml", places)
+    load = models.load_tokenizer
+
+    def rewriting(*given: Any) -> Any:
+        tokenizer = load(*given)
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "</s>")
+        return tokenizer
+
+    monkeypatch.setattr(models, "load_tokenizer", rewriting)
+    played = [row(i, gold=[{"role": "assistant", "content": "yes"}]) for i in range(16)]
+    run = open_run("rewriting", config)
+    run.write_rows("train", played)
+    with pytest.raises(TemplateError, match="Use a template whose longer conversations begin with the shorter ones"):
+        local.train(config, World(), run.read_rows("train"), run, stop=None)  # type: ignore[arg-type]
+    assert run.rollouts() == []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lib import WorkbenchError, models, without
 from lib.config import Config
-from lib.generate import Chat, batched, within_limit
+from lib.generate import Chat, batched, check_turns, end_ids, within_limit
 from lib.rollout import Scored, check_unscored, collect, to_tokens
 from lib.runfolder import Run, atomic_file, plain, read_lines
 from lib.task import ROW_PART, Row, Task
@@ -57,6 +57,8 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     chat = Chat(tokenizer)
     kept = _kept_rows(rows, chat, config.sampling.prompt_limit)
     _check_rows(config, len(kept))
+    if task.max_turns > 1:
+        check_turns(Chat(tokenizer, end_ids(model, tokenizer)), rows[kept[0]])
     checkpoint = last_checkpoint(run)
     run.cut_logs(json.loads((checkpoint / "logs.json").read_text()) if checkpoint else {})
     trainer = _make_trainer(config, model, tokenizer, kept, run)

@@ -1,7 +1,7 @@
 """The judge: a model behind an OpenAI-compatible endpoint that is asked for verdicts as JSON.
 
-Owns the settings of judges and configs/judges.yaml (`settings`), single HTTP requests (`http`), and concurrency,
-retries, pauses, dollars and the spend limit (`asking`). A call that fails raises JudgeError: it is never a verdict.
+Owns the settings of judges and configs/judges.yaml (`settings`), requests, replies, dollars and the spend limit
+(`asking`); slots, retries and pauses are lib/calls.py's. A call that fails raises JudgeError: it is never a verdict.
 Must not know tasks, rewards, rollouts or criteria.
 
     python -c "from lib.judge import *; print(JudgeSettings().name, check_judge(JudgeSettings(provider='gemini')))"

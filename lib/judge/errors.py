@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from lib import WorkbenchError
+from lib.calls import CallError, CallRefused
 
 
 class Reply(NamedTuple):
@@ -25,7 +25,7 @@ class Reply(NamedTuple):
     """HTTP requests."""
 
 
-class JudgeError(WorkbenchError, RuntimeError):
+class JudgeError(CallError):
     """This call gave no verdict. The message is a cause that can be counted: short, and the same for the same cause."""
 
     spent: Reply
@@ -44,5 +44,5 @@ class UselessReply(JudgeError):
         self.why = why
 
 
-class JudgeRefused(JudgeError):
+class JudgeRefused(JudgeError, CallRefused):
     """Nothing will work as configured: the key, the model's id, the endpoint or the money has to change first."""

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import models
+from lib.answering import answer_rows
 from lib.attacks import gold_text, other_golds
 from lib.config import Config
-from lib.evaluate import answer_rows
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
 from lib.rollout import submit
 from lib.runfolder import Run

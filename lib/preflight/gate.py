@@ -15,15 +15,14 @@ from typing import Any, Literal, NamedTuple
 from lib import models
 from lib.attacks import UNSEEN
 from lib.config import Config
-from lib.generate import Chat, within_limit
+from lib.generate import Chat, TemplateError, check_turns, within_limit
 from lib.grading import JudgedTask
 from lib.preflight.answers import grouped_rewards, share
 from lib.preflight.groups import useful_groups
 from lib.preflight.judging import judge_bill
 from lib.preflight.suite import AttackTable
-from lib.rollout import Request
 from lib.runfolder import Run
-from lib.task import Row, Task, Turn
+from lib.task import Row, Task
 
 Level = Literal["go", "caution", "no-go"]
 Answers = Sequence[Mapping[str, Any]]
@@ -219,16 +218,11 @@ def _template(task: Task, row: Row, chat: Chat) -> Check:
 
 def keeps_prefix(chat: Chat, row: Row) -> bool:
     """Whether the chat template keeps an answered prompt as it is when another message is added."""
-    prompt = chat.prompt_ids(row["prompt"], row.get("tools"))
-    answer = {"role": "assistant", "content": "An answer."}
-    sampled = [*chat.tokenizer.encode("An answer.", add_special_tokens=False), min(chat.end_ids)]
-    turn = Turn(message=answer, prompt_ids=tuple(prompt), output_ids=tuple(sampled))
-    messages = [*row["prompt"], answer, {"role": "user", "content": "Go on."}]
     try:
-        continued = chat.continued_ids(Request(messages, row.get("tools"), turn))
-    except ValueError:
+        check_turns(chat, row)
+    except TemplateError:
         return False
-    return continued[: len(prompt)] == prompt
+    return True
 
 
 def _of_judge(config: Config, task: Task, rows: Sequence[Row], answers: Answers) -> list[Check]:

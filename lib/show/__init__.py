@@ -5,7 +5,7 @@ Owns how things look; each file one subject, all of them under one name. Must no
     python -c "from lib.show import is_interactive; print(is_interactive())"
 """
 
-from lib.show.evaluation import gains, part_shares, runs, summaries, verdict
+from lib.show.evaluation import gains, part_shares, pass_at, runs, summaries, verdict
 from lib.show.figure import BLUE, GREEN, GREY, ORANGE, RED, bars, smooth, use_style
 from lib.show.groups import browser
 from lib.show.inspection import lengths, reward_spread, useful_groups
@@ -14,6 +14,7 @@ from lib.show.meter import meter
 from lib.show.page import config, is_interactive, messages, rows, table, text
 from lib.show.preflight import attacks, gate
 from lib.show.training import attempts, curves, live, parts, rollouts
+from lib.show.transcript import transcript
 
 __all__ = [
     "BLUE",
@@ -37,6 +38,7 @@ __all__ = [
     "meter",
     "part_shares",
     "parts",
+    "pass_at",
     "reward_spread",
     "rollouts",
     "rows",
@@ -45,6 +47,7 @@ __all__ = [
     "summaries",
     "table",
     "text",
+    "transcript",
     "use_style",
     "useful_groups",
     "verdict",

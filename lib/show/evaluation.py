@@ -7,11 +7,12 @@ Owns these figures and tables. Must not know how a policy was evaluated.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.evaluate import Comparison
-from lib.paired import Gain, Summary
+from lib.paired import Gain, PassAt, Summary
 from lib.show.figure import BLUE, GREEN, GREY, RED, done, draw_bars, new_figure
 from lib.show.page import put, table, text
 
@@ -43,6 +44,17 @@ def summaries(policies: Sequence[Summary]) -> None:
     )
 
 
+def pass_at(by_policy: Mapping[str, Sequence[PassAt]]) -> None:
+    """The chance that one of k sampled answers solves a row, policy by policy, with intervals."""
+    if not any(by_policy.values()):
+        text("No pass@k: this task's score has no part `solved`.")
+        return
+    table(
+        {"policy": name} | {f"pass@{one.k}": f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in some}
+        for name, some in by_policy.items()
+    )
+
+
 def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figure:
     """Paired gains with 95 % intervals; grey where the interval includes zero."""
     figure, axes = new_figure(1, 1, 7.6, 0.9 + 0.34 * max(2, len(by_name)))
@@ -56,6 +68,8 @@ def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figu
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(by_name)), list(reversed(list(by_name))))
     ax.set(title=title, xlabel=f"gain in {unit} (paired, 95 % interval)", ylim=(-0.6, len(by_name) - 0.4))
+    if not by_name:
+        ax.set_title(f"{title}: nothing to compare")
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + 0.55 * (high - low))
     return done(figure)
@@ -96,10 +110,13 @@ def part_shares(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | 
 
 def verdict(comparison: Comparison) -> None:
     """The result in sentences: the gain, what this many rows can show, and how much of it is sharpening."""
-    sampled = comparison.gains[f"{comparison.final} sampled"]
+    sampled = comparison.gains.get(f"{comparison.final} sampled")
+    if sampled is None:
+        put(f"<p><b>{html.escape(comparison.final)} was evaluated alone</b>: there is no base beside it.</p>")
+        return
     lines = [
-        f"<b>{comparison.final} against base, sampled answers: {_interval(sampled)}</b> on {sampled.n} rows "
-        f"({sampled.left_out} left out because a side was masked or unscored).",
+        f"<b>{html.escape(comparison.final)} against base, sampled answers: {_interval(sampled)}</b> on {sampled.n} "
+        f"rows ({sampled.left_out} left out because a side was masked or unscored).",
         "The interval excludes zero." if sampled.clear else "The interval includes zero: no difference is shown.",
         *([_FLATTERED.format(len(comparison.settings))] if len(comparison.settings) > 1 else []),
         f"With this many rows, a true gain below {sampled.detectable:.3f} would usually be missed.",

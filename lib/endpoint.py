@@ -1,0 +1,198 @@
+"""A policy behind an OpenAI-compatible URL: messages and tools in, one assistant message out.
+
+Owns the request and what counts as an answer; slots, retries and pauses are lib/calls.py's. What is no answer raises
+EndpointError, so that the rollout is unscored with that cause. Must not know tasks, rows or scores.
+
+    python -c "from lib.config import EndpointSection as E; from lib.endpoint import service_of; print(service_of(E()))"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ValidationError
+
+from lib.calls import Caller, CallError, CallRefused, Choice, Completion, Service, Spent, sendable
+from lib.config import EndpointSection, EvaluationSection
+from lib.judge.settings import takes_temperature
+from lib.task import Message, Turn
+
+SETTING = "evaluation.endpoint"
+_OPENAI = "api.openai.com"
+_SENT = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Of a message; thinking is the policy's own and is not sent back."""
+
+
+class EndpointError(CallError):
+    """This request gave no answer."""
+
+
+class EndpointRefused(EndpointError, CallRefused):
+    """Nothing will work as configured: the key, the model's id or the address has to change first."""
+
+
+class Used(NamedTuple):
+    """What an endpoint was asked in this process."""
+
+    answers: int = 0
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Function(BaseModel):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class _ToolCall(BaseModel):
+    id: str | None = None
+    function: _Function
+
+
+class EndpointPolicy(Caller):
+    """A policy for rollouts that go on side by side, each at its own pace: a Generate."""
+
+    failed = EndpointError
+    refused = EndpointRefused
+
+    def __init__(self, settings: EvaluationSection, completion_limit: int, greedy: bool) -> None:
+        super().__init__(service_of(settings.endpoint))
+        self.used = Used()
+        """So far."""
+        self._sampling = sampling_sent(settings, completion_limit, greedy)
+
+    def check(self) -> None:
+        """Raises EndpointRefused where the environment variable with the key is not set."""
+        name = self.service.key
+        if name and not os.environ.get(name, "").strip():
+            raise EndpointRefused(
+                f"endpoint: the environment variable {name} ({SETTING}.key) is not set. Run `export {name}=...` first, "
+                f"or name another variable"
+            )
+
+    async def __call__(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+        """The answer to a conversation. Raises EndpointError."""
+        self.check()
+        request = {"model": self.service.model, "messages": wire_messages(messages), **self._sampling}
+        if tools:
+            request["tools"] = list(tools)
+        spent, completion = Spent(), None
+        try:
+            completion = await self.complete(request, spent)
+        finally:
+            self._count(spent, completion)
+        return _turn(completion)
+
+    @property
+    def refusal(self) -> str:
+        """Why no request will ever succeed; "" = one may."""
+        return self._refusal
+
+    def _count(self, spent: Spent, completion: Completion | None) -> None:
+        tokens = completion.usage if completion else None
+        self.used = Used(
+            self.used.answers + (completion is not None),
+            self.used.requests + spent.attempts,
+            self.used.input_tokens + (tokens.prompt_tokens if tokens else 0),
+            self.used.output_tokens + (tokens.completion_tokens if tokens else 0),
+        )
+
+
+def service_of(endpoint: EndpointSection) -> Service:
+    """The endpoint as lib/calls.py asks it."""
+    return Service(
+        name="endpoint",
+        setting=SETTING,
+        base_url=endpoint.base_url,
+        model=endpoint.model,
+        key=endpoint.key,
+        timeout=endpoint.timeout,
+        attempts=endpoint.attempts,
+        concurrency=endpoint.concurrency,
+    )
+
+
+def wire_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages as the API takes them: arguments as texts, every tool call with an id, every result with its call's."""
+    sent: list[Message] = []
+    waiting: list[str] = []  # ids of calls whose results are still to come
+    for number, message in enumerate(messages):
+        one = sendable({key: value for key, value in message.items() if key in _SENT})
+        if one.get("tool_calls"):
+            one["tool_calls"] = [_wire_call(call, f"call_{number}_{i}") for i, call in enumerate(one["tool_calls"])]
+            waiting = [call["id"] for call in one["tool_calls"]]
+        elif one["role"] == "tool":
+            if "tool_call_id" not in one and waiting:
+                one["tool_call_id"] = waiting[0]
+            waiting = [name for name in waiting if name != one.get("tool_call_id")]
+        sent.append(one)
+    return sent
+
+
+def _wire_call(call: Mapping[str, Any], identity: str) -> dict[str, Any]:
+    """A call in OpenAI's form, from that form or the bare function."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    return {
+        "id": call.get("id") or identity,
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False),
+        },
+    }
+
+
+def sampling_sent(settings: EvaluationSection, completion_limit: int, greedy: bool) -> dict[str, Any]:
+    """What is sent beside the messages: nothing that is at its default, for not every endpoint knows everything."""
+    official = urlsplit(settings.endpoint.base_url).hostname == _OPENAI
+    limit = settings.endpoint.max_tokens or completion_limit
+    # OpenAI's newer models refuse the old name; not all others know the new one.
+    sent: dict[str, Any] = {"max_completion_tokens" if official else "max_tokens": limit}
+    if not official or takes_temperature(settings.endpoint.model):
+        sent["temperature"] = 0.0 if greedy else settings.temperature
+    if not greedy and settings.top_p < 1:
+        sent["top_p"] = settings.top_p
+    if not greedy and settings.top_k:
+        sent["top_k"] = settings.top_k
+    return sent
+
+
+def _turn(completion: Completion) -> Turn:
+    """The first choice as a Turn. Raises EndpointError for what is no assistant message."""
+    if not completion.choices:
+        raise EndpointError("endpoint: an answer without a choice")
+    choice = completion.choices[0]
+    if choice.finish_reason == "content_filter":
+        raise EndpointError("endpoint: the answer was withheld (content_filter)")
+    if choice.message.role not in (None, "assistant"):
+        raise EndpointError(f"endpoint: an answer in the role {str(choice.message.role)[:40]!r}, not assistant")
+    return Turn(message=_message(choice), stop="length" if choice.finish_reason == "length" else "stop")
+
+
+def _message(choice: Choice) -> Message:
+    said = choice.message
+    message: Message = {"role": "assistant", "content": said.content or said.refusal or ""}
+    thinking = said.reasoning or said.reasoning_content
+    if isinstance(thinking, str):
+        message["thinking"] = thinking
+    if said.tool_calls:
+        message["tool_calls"] = _tool_calls(said.tool_calls)
+    return sendable(message)
+
+
+def _tool_calls(given: Any) -> list[dict[str, Any]]:
+    """OpenAI's tool_calls, arguments as the policy wrote them: reading those is the task's."""
+    try:
+        calls = [_ToolCall.model_validate(call) for call in given]
+    except (ValidationError, TypeError):
+        raise EndpointError("endpoint: tool_calls that are none") from None
+    return [
+        {**({"id": call.id} if call.id else {}), "type": "function", "function": call.function.model_dump()}
+        for call in calls
+    ]
