@@ -36,7 +36,6 @@ from machine import Others, shown
 from lib.sandbox import Execution, SandboxSettings, run_tests, self_test
 from lib.sandbox.bubblewrap import python
 
-
 SOURCE = "def f(x):\n    return 2 * x\n"
 TEST = "assert f(2) == 4"
 GROUP = 8
@@ -194,7 +193,8 @@ def kill() -> bool:
     deadline = time.monotonic() + 5
     while (left := [pid for pid in below if _alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    say(f"SIGKILL in the middle of a step: {len(below)} processes before, {len(left)} after {time.monotonic() - deadline + 5:.2f} s")
+    took = time.monotonic() - deadline + 5
+    say(f"SIGKILL in the middle of a step: {len(below)} processes before, {len(left)} after {took:.2f} s")
     return bool(below) and not left
 
 

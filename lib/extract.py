@@ -1,9 +1,9 @@
-r"""The program in a chatty answer: the last complete block of Python that defines what the problem asks for.
+"""The program in a chatty answer: the last complete block of Python that defines what the problem asks for.
 
 Owns thinking parts, Markdown fences, unclosed blocks and answers without a fence. Must not know tasks, and never parses
 or runs what it finds: model-written text is met by regular expressions and loops that are linear in its length.
 
-    python -c "from lib.extract import extract_program as e; print(e('Sure!\n\`\`\`py\ndef f(): pass\n\`\`\`', ['f']).source)"
+    python -c "from lib.extract import extract_program, fenced; print(extract_program(fenced('f = abs'), ['f']).source)"
 """
 
 from __future__ import annotations

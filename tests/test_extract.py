@@ -11,6 +11,7 @@ import pytest
 
 from lib import PROJECT_ROOT, extract
 from lib.extract import LONGEST, Extracted, extract_program
+from lib.extract import fenced as fenced_answer
 
 F = "def f(x):\n    return x + 3\n"
 G = "def g(x):\n    return x\n"
@@ -301,4 +302,10 @@ def test_the_example_in_the_module_runs() -> None:
     assert line
     command = line[1].replace("python", sys.executable, 1)
     done = subprocess.run(["bash", "-c", command], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "def f(): pass", done.stderr
+    assert done.stdout.strip() == "f = abs", done.stderr
+
+
+@pytest.mark.parametrize("source", [F, DOCSTRING, "def f(x):\n    return '````'", "f = abs"])
+def test_a_fenced_program_is_found_again(source: str) -> None:
+    got = found("Well:\n" + fenced_answer(source) + "\nDone.")
+    assert got.source == source.rstrip("\n") and got.tidy

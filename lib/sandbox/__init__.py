@@ -15,11 +15,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from lib.sandbox import bubblewrap, checks
-from lib.sandbox.pool import AnyWorker, Pool, pool_of
+from lib.sandbox.pool import AnyWorker, pool_of
 from lib.sandbox.settings import (
     LONGEST_SOURCE,
+    Check,
     Execution,
     Kind,
     Limits,
@@ -30,7 +33,16 @@ from lib.sandbox.settings import (
 )
 from lib.sandbox.worker import Job, Worker
 
-__all__ = ["Execution", "Limits", "ProgramRun", "SandboxError", "SandboxSettings", "SelfTest", "run_program", "run_tests"]
+__all__ = [
+    "Execution",
+    "Limits",
+    "ProgramRun",
+    "SandboxError",
+    "SandboxSettings",
+    "SelfTest",
+    "run_program",
+    "run_tests",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +94,37 @@ def self_test(settings: SandboxSettings = DEFAULT) -> SelfTest:
     """
     with _LOCK:
         key = (os.getpid(), settings)
-        if key not in _TESTED:
-            _TESTED[key] = _choose(settings)
-        return _TESTED[key][0]
+        if key not in _CHOSEN:
+            try:
+                _CHOSEN[key] = _choose(settings)
+            except SandboxError as error:
+                _CHOSEN[key] = str(error)
+        chosen = _CHOSEN[key]
+    if isinstance(chosen, str):
+        raise SandboxError(chosen)
+    return chosen.test
 
 
-_TESTED: dict[tuple[int, SandboxSettings], tuple[SelfTest, Callable[[], AnyWorker]]] = {}
+class _Chosen(NamedTuple):
+    test: SelfTest
+    make: Callable[[], AnyWorker]
+
+
+_CHOSEN: dict[tuple[int, SandboxSettings], _Chosen | str] = {}
+"""A refusal is kept as well: a step asks thousands of times."""
 _LOCK = threading.Lock()
 
 
 async def _submit(job: Job, settings: SandboxSettings) -> Execution | ProgramRun:
     key = (os.getpid(), settings)
-    if key not in _TESTED:
+    if not isinstance(_CHOSEN.get(key), _Chosen):
         await asyncio.to_thread(self_test, settings)
-    return await asyncio.wrap_future(pool_of(settings, _TESTED[key][1]).submit(job))
+    chosen = _CHOSEN[key]
+    assert isinstance(chosen, _Chosen)
+    return await asyncio.wrap_future(pool_of(settings, chosen.make).submit(job))
 
 
-def _choose(settings: SandboxSettings) -> tuple[SelfTest, Callable[[], AnyWorker]]:
+def _choose(settings: SandboxSettings) -> _Chosen:
     """The first backend that passes its self-test."""
     if settings.backend != "none":
         bubblewrap.require()
@@ -111,7 +137,8 @@ def _choose(settings: SandboxSettings) -> tuple[SelfTest, Callable[[], AnyWorker
             continue
         reason = "; ".join(reasons) or "the first choice"
         logger.info("sandbox: %s, self-test passed in %.1f s (%s)", _shown(kind, user), found[1], reason)
-        return SelfTest(kind, tuple(found[0]), found[1], reason), lambda: Worker(kind, settings.limits, user)
+        test = SelfTest(kind, tuple(found[0]), found[1], reason)
+        return _Chosen(test, partial(Worker, kind, settings.limits, user))
     raise SandboxError("no sandbox passed its self-test. " + " | ".join(reasons))
 
 
@@ -125,7 +152,7 @@ def _shown(kind: Kind, user: int | None) -> str:
     return kind if user is None else f"{kind} as user {user}"
 
 
-def _tested(kind: Kind, user: int | None, settings: SandboxSettings) -> tuple[list[checks.Check], float]:
+def _tested(kind: Kind, user: int | None, settings: SandboxSettings) -> tuple[list[Check], float]:
     """All checks on one worker, in this thread. Raises SandboxError where it does not start, or one fails."""
     started = time.monotonic()
     limits = checks.LIMITS.model_copy(update={"memory_mb": settings.limits.memory_mb})

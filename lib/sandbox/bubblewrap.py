@@ -2,7 +2,7 @@
 
 Owns what a sandbox can see of this machine. Must not know programs, tests or verdicts.
 
-    python -c "from lib.sandbox.bubblewrap import explain; print(explain('bwrap: setting up uid map: Permission denied'))"
+    python -c "from lib.sandbox.bubblewrap import explain; print(explain('bwrap: loopback: Failed RTM_NEWADDR'))"
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def command(code: int, *, solution: bool, warm: bool) -> list[str]:
     No /proc (as root it would show, and let write, the kernel's settings), no /etc, no home, no network; the root and
     /dev are read-only; only the solution side has a /tmp that can be written, with a limit.
     """
-    arguments = ["bwrap", "--unshare-all", "--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--die-with-parent"]
+    arguments = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--die-with-parent"]
     arguments += ["--new-session", "--clearenv"]
     for name, value in environment(CODE).items():
         arguments += ["--setenv", name, value]
@@ -58,7 +58,10 @@ def command(code: int, *, solution: bool, warm: bool) -> list[str]:
     arguments += ["--size", str(_TMP_BYTES), "--tmpfs", "/tmp"] if solution else ["--dir", "/tmp"]
     arguments += ["--dev", "/dev", "--remount-ro", "/dev"]  # a tmpfs without a limit otherwise
     if solution and warm:
-        arguments += ["--cap-add", "CAP_SYS_ADMIN"]  # in its own user namespace: what its clones' namespaces are made with
+        arguments += [
+            "--cap-add",
+            "CAP_SYS_ADMIN",
+        ]  # in its own user namespace: what its clones' namespaces are made with
     else:
         arguments += ["--disable-userns"]
     return [*arguments, "--remount-ro", "/", "--chdir", "/tmp"]
@@ -123,14 +126,16 @@ def require() -> None:
         raise SandboxError(f"{name} has none of the namespaces that isolate programs here. Use sandbox.backend: modal.")
     if not shutil.which("bwrap"):
         raise SandboxError(
-            "bubblewrap (bwrap) is not installed: untrusted programs cannot be isolated. Install it: apt-get install -y "
+            "bubblewrap (bwrap) is not installed: nothing isolates untrusted programs. Install it: apt-get install -y "
             f"bubblewrap   (Fedora: dnf install bubblewrap; Arch: pacman -S bubblewrap). {_OR_MODAL}"
         )
 
 
 def explain(error: str) -> str:
     """bwrap's own line, and what to do about it."""
-    lines = [line for line in error.strip().splitlines() if line.startswith("bwrap:")] or error.strip().splitlines()[-1:]
+    lines = [line for line in error.strip().splitlines() if line.startswith("bwrap:")] or error.strip().splitlines()[
+        -1:
+    ]
     line = lines[0] if lines else "it ended without a word"
     return f"no isolation here: {line}. {_remedy(line)}"
 
@@ -139,7 +144,8 @@ def _remedy(line: str) -> str:
     if "uid map: Permission denied" in line or "RTM_NEWADDR" in line:
         return (
             "AppArmor keeps programs from using user namespaces (Ubuntu 24.04, GitHub's runners): sudo sysctl -w "
-            "kernel.apparmor_restrict_unprivileged_userns=0, or load Ubuntu's profile bwrap-userns-restrict. " + _OR_MODAL
+            "kernel.apparmor_restrict_unprivileged_userns=0, or load Ubuntu's profile bwrap-userns-restrict. "
+            + _OR_MODAL
         )
     if "namespace" in line or "No permissions" in line or "clone" in line:
         return (

@@ -21,9 +21,12 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 ALLOW = 0x7FFF0000
 REFUSE = 0x00050000
-MASKED_EQUAL = 7
+NOT_EQUAL, MASKED_EQUAL = 1, 7
 
-NAMESPACES = "mount umount umount2 pivot_root chroot unshare setns move_mount open_tree fsopen fsmount fspick fsconfig mount_setattr"
+NAMESPACES = (
+    "mount umount umount2 pivot_root chroot unshare setns move_mount open_tree fsopen fsmount fspick fsconfig "
+    "mount_setattr"
+)
 OTHER_PROCESSES = "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_getfd"
 NEW_PROCESSES = "fork vfork execve execveat"
 """Threads only: RLIMIT_AS and RLIMIT_CPU then bound the whole execution."""
@@ -51,7 +54,7 @@ TERMINAL_INJECTION = (0x5412, 0x541C)
 class _Compare(ctypes.Structure):
     """struct scmp_arg_cmp."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes wants a plain list)
+    _fields_ = [
         ("argument", ctypes.c_uint),
         ("operator", ctypes.c_int),
         ("mask", ctypes.c_uint64),
@@ -74,12 +77,18 @@ class Filter:
 
     def refuse(self, name: str, code: int, *, argument: int = 0, mask: int = 0, value: int = 0) -> None:
         """The call fails with errno `code`, where a mask is given only if argument & mask == value."""
+        self._refuse(name, code, int(mask > 0), _Compare(argument, MASKED_EQUAL, mask, value))
+
+    def refuse_unless(self, name: str, code: int, *, argument: int, value: int) -> None:
+        """The call fails with errno `code` unless argument == value."""
+        self._refuse(name, code, 1, _Compare(argument, NOT_EQUAL, value, 0))
+
+    def _refuse(self, name: str, code: int, count: int, compare: _Compare) -> None:
         number = self._library.seccomp_syscall_resolve_name(name.encode())
         assert number != -1, f"libseccomp does not know {name}: use a newer one"
-        compare = _Compare(argument, MASKED_EQUAL, mask, value)
         self._check(
             self._library.seccomp_rule_add_array(
-                self._context, ctypes.c_uint32(REFUSE | code), number, int(mask > 0), ctypes.byref(compare)
+                self._context, ctypes.c_uint32(REFUSE | code), number, count, ctypes.byref(compare)
             )
         )
 
@@ -106,6 +115,7 @@ def build(architecture: int) -> bytes:
     for bit in CLONE_NAMESPACES:
         made.refuse("clone", errno.EPERM, mask=bit, value=bit)
     made.refuse("socket", errno.EACCES)  # socketpair stays: asyncio wakes itself through one
+    made.refuse_unless("prlimit64", errno.EPERM, argument=0, value=0)  # limits of other processes
     for request in TERMINAL_INJECTION:
         made.refuse("ioctl", errno.EPERM, argument=1, mask=0xFFFFFFFF, value=request)
     return made.compiled()

@@ -65,7 +65,9 @@ class Pool:
             except SandboxError as error:
                 worker = None
                 future.set_exception(error)
-            except BaseException as error:  # a bug of ours must reach the caller: a future that never ends would hang it
+            except (
+                BaseException
+            ) as error:  # a bug of ours must reach the caller: a future that never ends would hang it
                 worker = None
                 future.set_exception(error)
             else:

@@ -28,17 +28,17 @@ class SandboxError(WorkbenchError, RuntimeError):
 class Limits(BaseModel, frozen=True, extra="forbid"):
     """What one program may use. CPU time decides; wall time is the backstop for programs that sleep."""
 
-    test_cpu: float = Field(1.0, gt=0, le=600, allow_inf_nan=False)
+    test_cpu: float = Field(default=1.0, gt=0, le=600, allow_inf_nan=False)
     """Seconds of CPU time that one test, or loading the program, may take."""
-    cpu: float = Field(10.0, gt=0, le=3600, allow_inf_nan=False)
+    cpu: float = Field(default=10.0, gt=0, le=3600, allow_inf_nan=False)
     """Seconds of CPU time that all tests together may take."""
-    wall: float = Field(30.0, gt=0, le=3600, allow_inf_nan=False)
+    wall: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
     """Seconds on the clock that all tests together may take."""
-    memory_mb: int = Field(512, ge=64, le=65536)
+    memory_mb: int = Field(default=512, ge=64, le=65536)
     """Address space, in MiB."""
-    file_mb: int = Field(16, ge=1, le=1024)
+    file_mb: int = Field(default=16, ge=1, le=1024)
     """The largest file, in MiB; all files together may have 64."""
-    output_mb: int = Field(8, ge=1, le=256)
+    output_mb: int = Field(default=8, ge=1, le=256)
     """What may be printed, in MiB; a program that prints more is ended."""
 
 
@@ -46,13 +46,11 @@ class SandboxSettings(BaseModel, frozen=True, extra="forbid"):
     """Where and how untrusted programs run. auto = warm, else cold, else an error that says why and what to do."""
 
     backend: Literal["auto", "warm", "cold", "modal", "none"] = "auto"
-    workers: int = Field(0, ge=0, le=256)
+    workers: int = Field(default=0, ge=0, le=256)
     """Programs that run at once; 0 = as many as there are cores."""
     limits: Limits = Limits()
-    creations_per_second: float = Field(2.0, gt=0, le=100)
+    creations_per_second: float = Field(default=2.0, gt=0, le=100)
     """New Modal Sandboxes per second, at most (modal only)."""
-
-
 
 
 class Execution(NamedTuple):

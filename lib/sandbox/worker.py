@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -66,8 +65,8 @@ class Worker:
 
     def run(self, job: Job) -> Execution | ProgramRun:
         """Run one program to its end. Bad programs have bad verdicts; SandboxError means that the sandbox broke."""
-        if self._solution is None:
-            self._solution = self._start("solution")
+        self._solution = self._solution or self._start("solution")
+        self._judge = self._judge or self._start("judge")
         started = time.monotonic()
         try:
             exchange = _Exchange(self._limits.output_mb << 20, apart=job.group is None)
@@ -143,8 +142,13 @@ class Worker:
         stopped = False
         while exchange.end is None or (job.group and exchange.verdicts is None):
             ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not ready:
+            if not ready and exchange.end is None:
                 raise ProtocolError("no answer in time")
+            if not ready:  # the judge is busy with what the program returned, in a loop that takes no notice of signals
+                self._judge.close()
+                self._judge, self._group = None, None
+                exchange.verdicts = {"died": -signal.SIGXCPU}
+                break
             for fd, _ in ready:
                 if fd == solution.fileno():
                     exchange.end = self._ended(solution)
@@ -162,7 +166,8 @@ class Worker:
         try:
             end: dict[str, Any] = read_frame(control)
         except (ProtocolError, OSError):
-            if self._kind != "warm":  # nothing stands between program and server here: the program ended it
+            assert self._solution
+            if self._kind != "warm" and self._solution.was_killed():  # nothing stands between program and server here
                 return {"why": "died", "status": -signal.SIGKILL, "cpu": 0.0, "memory_mb": None}
             raise
         if end["why"] == "setup":
@@ -182,7 +187,7 @@ class Worker:
         end, judged = exchange.end, exchange.verdicts
         assert end is not None and judged is not None
         if "died" in judged:  # by what the program returned: a number so large that a loop in C never ends, say
-            first = "timeout" if judged["died"] == -signal.SIGXCPU else "died"
+            first = "timeout" if judged["died"] in _OUT_OF_TIME else "died"
             verdicts = [first, *[NOT_RUN] * (tests - 1)]
         else:
             lost = "timeout" if _timed_out(end) else "died"
@@ -216,8 +221,11 @@ class Worker:
 _MODES: dict[Kind, str] = {"warm": "warm", "cold": "cold", "none": "cold"}
 
 
+_OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGVTALRM)
+
+
 def _timed_out(end: dict[str, Any]) -> bool:
-    return end["why"] in ("cpu", "wall") or end["status"] == -signal.SIGXCPU
+    return end["why"] in ("cpu", "wall") or end["status"] in _OUT_OF_TIME
 
 
 # the sides ------------------------------------------------------------------------------------------------------------
@@ -247,7 +255,9 @@ class _Side:
                 env=environment,
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C in the terminal is for the trainer
-                **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
             )
         self.control.settimeout(_START)
         try:
@@ -260,6 +270,13 @@ class _Side:
             self.close()
             raise SandboxError(bubblewrap.explain(words)) from None
         self.control.settimeout(_SEND)
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it (bubblewrap says 128 + its number), and not a mistake of ours."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)
+        code = self._process.returncode
+        return code is not None and (code < 0 or code > 128)
 
     def last_words(self) -> str:
         self._errors.seek(0)

@@ -79,7 +79,7 @@ class RowCheck:
         if not self._kept:
             raise TaskError(
                 f"no rows left: all {self._total} were left out, for the reasons above. "
-                "A reference solution must earn 1 and a stub 0 in the sandbox: look at the tests, or at task.sandbox.limits"
+                "A reference must earn 1 and a stub 0 in the sandbox: look at the tests, or raise task.sandbox.limits"
             )
 
 

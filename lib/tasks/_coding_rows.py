@@ -85,7 +85,7 @@ def _tests(cell: Any, setup: str, given: Sequence[str]) -> list[str]:
         statements = _parse(text, "tests that are not Python")
         helpers |= _checking_functions(statements)
         for statement in statements:
-            before.append(text.strip() if len(statements) == 1 else ast.unparse(statement))
+            before.append(text.strip() if len(statements) == 1 else _source(statement))
             if _checks(statement, helpers):
                 tests.append("\n".join(before))
                 before = []
@@ -94,6 +94,13 @@ def _tests(cell: Any, setup: str, given: Sequence[str]) -> list[str]:
     if not tests:
         raise Unusable("no test asserts anything" if texts else "no tests")
     return tests
+
+
+def _source(statement: ast.stmt) -> str:
+    try:
+        return ast.unparse(statement)
+    except RecursionError:
+        raise Unusable("tests that are nested too deeply") from None
 
 
 def _strings(cell: Any) -> list[str]:

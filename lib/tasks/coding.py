@@ -7,6 +7,7 @@ Owns rows, prompts, the reward, and the check of every row before it is used. Mu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lib.data import ListTable, Record, RowsTask, Table, Where, messages_of
 from lib.extract import Extracted, extract_program, fenced
@@ -33,6 +34,10 @@ PROBLEMS = "configs/examples/coding.jsonl"
 """The project's own problems."""
 
 LOG = 2000  # characters of a program's output that are kept
+
+
+_NAMED = r"\b{0}\(|[`'\"]{0}[`'\"(]|\b(?:[Cc]lass|[Ff]unction|[Nn]amed|[Cc]alled|[Dd]ef)\s+{0}\b"
+"""How an instruction names what to define; as a word of English, "add" or "double" does not."""
 
 
 class Outcome(NamedTuple):
@@ -64,7 +69,7 @@ class Coding(RowsTask, frozen=True):
 
     family: Literal["problems", "templates"] = "problems"
     """The project's own problems, or one-line problems made from templates."""
-    generate_rows: int = Field(default=3000, ge=2)
+    generate_rows: int = Field(default=2400, ge=2)
     """Template problems to make, training and evaluation together."""
     generate_seed: int = 0
     partial: bool = False
@@ -73,8 +78,13 @@ class Coding(RowsTask, frozen=True):
     """The part of the reward for an answer with exactly one block, closed and marked as Python: right or wrong."""
     sandbox: SandboxSettings = SandboxSettings()
 
+    _inferred: list[tuple[str, str]] = PrivateAttr(default_factory=list)
+    """Rows whose entry point is a guess, and the guess."""
+
     @model_validator(mode="after")
-    def _rewards_fit(self) -> Self:
+    def _fields_fit(self) -> Self:
+        if self.family == "templates" and (self.path or self.dataset):
+            raise ValueError(f"family templates is used only without path and dataset ({self.path or self.dataset})")
         if self.reward_range[0] > 0 or self.reward_range[1] < 1:
             raise ValueError(f"reward_range {self.reward_range} must hold 0 to 1: leave it out")
         return self
@@ -111,7 +121,7 @@ class Coding(RowsTask, frozen=True):
             where.drop(str(reason))
             return None
         if problem.entry_points_from == "tests" and where.errors is not None:
-            log.info("%s (%s): its tests call %s: taken as the entry point", where, record["id"], *problem.entry_points)
+            self._inferred.append((str(record["id"]), problem.entry_points[0]))
         return row
 
     def _row(self, record: Record, problem: Problem) -> Row:
@@ -144,29 +154,37 @@ class Coding(RowsTask, frozen=True):
         check = RowCheck(self.unusable, sum(map(len, every.values())))
         usable: dict[Split, Sequence[Row]] = {split: check.usable(rows) for split, rows in every.items()}
         check.tell()
+        if self._inferred:
+            shown = ", ".join(f"{row} → {name}" for row, name in self._inferred[:NAMED])
+            log.info("%d entry points taken from what the tests call: %s …", len(self._inferred), shown)
         return usable
 
     async def unusable(self, row: Row) -> str:
         """Why a row is no use for training; "" where its reference earns 1 and a stub 0."""
+        names = row.get("entry_points", ())
+        sources = [stub_for(names)]
         if row.get("gold"):
-            source = extract_program(str(row["gold"][-1]["content"]), row.get("entry_points", ())).source
-            if source is None:
+            reference = extract_program(str(row["gold"][-1]["content"]), names).source
+            if reference is None:
                 return "a reference solution that does not define the entry point at its top level"
-            outcome = await self._run(row, source)
+            sources.append(reference)
+        # At once: the sandbox then prepares the tests of a row once.
+        stub, *references = await asyncio.gather(*(self._run(row, source) for source in sources))
+        for outcome in references:
             if outcome.opaque:
                 return "tests that compare objects which the solution makes"
             if "timeout" in outcome.verdicts:
                 return "a reference solution that takes too long"
             if outcome.passed < 1:
                 return "a reference solution that fails its own tests"
-        stub = await self._run(row, stub_for(row.get("entry_points", ())))
         return "tests that a stub passes" if self._correct(stub) > 0 else ""
 
     # -- the reward ---------------------------------------------------------------------------------------------------
 
     def check(self) -> list[str]:
-        """Starts the sandbox and tries it; raises SandboxError, with what to do, where there is none."""
-        self_test(self.sandbox)
+        """Tries the sandbox, Modal's only when it starts. Raises SandboxError, with what to do, where there is none."""
+        if self.sandbox.backend != "modal":
+            self_test(self.sandbox)
         if self.sandbox.backend != "none":
             return []
         return ["task.sandbox.backend is none: programs that a model wrote run on this machine without any isolation"]
@@ -234,7 +252,7 @@ def _prompt(instruction: object, problem: Problem) -> list[Message]:
         missing = not re.search(r"\b(stdin|standard input|input\(\))", text)
     else:
         ask = f"Define {' and '.join(f'`{name}`' for name in problem.entry_points)} in Python."
-        missing = not all(re.search(rf"\b{re.escape(name)}\b", text) for name in problem.entry_points)
+        missing = not all(re.search(_NAMED.format(re.escape(name)), text) for name in problem.entry_points)
     last = {**messages[-1], "content": f"{text.rstrip()}\n\n{ask}" if missing else text}
     return [*messages[:-1], last]
 

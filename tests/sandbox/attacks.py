@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs are data: one line each is easier to read)
 """Programs that try to be paid for nothing, or to do harm. The task: f(x) returns twice x.
 
 An attack has won when every test passes. Those that try harm return the right answer only where they got through.
@@ -14,6 +15,7 @@ class Attack(NamedTuple):
     name: str
     source: str
     tests: tuple[str, ...] = DOUBLE
+    entry_points: tuple[str, ...] = ("f",)
 
 
 def _harm(attempt: str, *more: str) -> str:
@@ -98,7 +100,8 @@ LIES_AT_OTHER_TESTS = [
     Attack("own_stop", "class StopIteration(Exception): pass\ndef f(x): raise StopIteration",
            ("assert all(map(lambda x: f(x) == 2 * x, [1, 2]))",)),
     Attack("short_zip", "def f(x): return 0", ("assert [f(x) for x in (1, 2)] == [2, 4]",)),
-    Attack("missing_builtin", "", ("assert sum([1, 2]) == 3",)),
+    Attack("missing_builtin", "", ("assert sum([1, 2]) == 3",), ("sum",)),
+    Attack("deleted_module", "del math", ("assert math.gcd(2, 4) == 2",), ("math",)),
     Attack("learn_from_eq", "SEEN = []\nclass L:\n    def __eq__(s, o): SEEN.append(o); return False\n"
            "def f(x): return SEEN[-1] if SEEN else L()", ("f(2) == 4\nassert f(2) == 4",)),
     Attack("learn_from_format", "SEEN = []\nclass L:\n    def __format__(s, o): SEEN.append(o); return ''\n"
@@ -110,7 +113,7 @@ PATCHES = {
     "assertion_error": "import builtins\nbuiltins.AssertionError = type('A', (BaseException,), {})\ndef f(x): return 0",
     "builtins_dict": "__builtins__['__import__'] = None\ndef f(x): return 0",
     "isinstance": "import builtins\nbuiltins.isinstance = lambda *a: True\ndef f(x): return object()",
-    "json": "import json\njson.dumps = lambda *a, **k: '{\"v\": true, \"m\": []}'\ndef f(x): return 0",
+    "json": 'import json\njson.dumps = lambda *a, **k: \'{"v": true, "m": []}\'\ndef f(x): return 0',
     "wire_encode": "from lib.sandbox.inside import wire, peer\npeer.encode = lambda *a: {'B': 'int'}\ndef f(x): return 0",
     "wire_frames": "from lib.sandbox.inside import peer\npeer.write_frame = lambda s, m: None\ndef f(x): return 0",
     "verdict_names": "from lib.sandbox.inside import peer\npeer.Solution.answer = lambda s, q: {'v': 'pass', 'm': []}\n"
@@ -142,12 +145,15 @@ SEARCHES = {
     "own_memory": "FOUND = open('/proc/self/mem', 'rb').read(100)" + _SOLVE,
     "heap": "import ctypes\nbase = id(object()) & ~0xfffff\nFOUND = ctypes.string_at(base, 1 << 20)" + _SOLVE,
     "linecache": "import linecache\nFOUND = linecache.getlines('<test 0>') + list(linecache.cache)" + _SOLVE,
-    "descriptors": "import os\nFOUND = []\nfor fd in range(4, 256):\n    try: FOUND.append(os.read(fd, 4096))\n    except OSError: pass" + _SOLVE,
+    "descriptors": "import os\nFOUND = []\nfor fd in range(4, 256):\n    try: FOUND.append(os.read(fd, 4096))\n    except OSError: pass"
+    + _SOLVE,
     "archive": "import zipimport\nFOUND = [str(open('/workbench.zip', 'rb').read())]" + _SOLVE,
-    "temporary_files": "import os\nFOUND = [open(p + '/' + n).read() for p, _, ns in os.walk('/tmp') for n in ns]" + _SOLVE,
+    "temporary_files": "import os\nFOUND = [open(p + '/' + n).read() for p, _, ns in os.walk('/tmp') for n in ns]"
+    + _SOLVE,
     "peek": "import socket\nFOUND = []\ndef f(x):\n    s = socket.socket(fileno=os.dup(3))\n    s.setblocking(False)\n"
     "    FOUND.append(s.recv(1 << 16, socket.MSG_PEEK))\n    return None\nimport os",
-    "main_module": "import __main__, sys\nFOUND = [vars(__main__)] + [vars(m) for m in list(sys.modules.values())]" + _SOLVE,
+    "main_module": "import __main__, sys\nFOUND = [vars(__main__)] + [vars(m) for m in list(sys.modules.values())]"
+    + _SOLVE,
     "traceback": "import sys, traceback\nFOUND = []\ndef f(x):\n    FOUND.extend(traceback.format_stack())\n"
     "    import re\n    got = re.search(r'f\\(%d\\) == (-?\\d+)' % x, str(FOUND))\n    return int(got[1]) if got else None",
     "from_eq": "SEEN = []\nclass L:\n    def __eq__(s, o): SEEN.append(o); return False\ndef f(x):\n    return SEEN[-1] if SEEN else L()",
@@ -164,29 +170,29 @@ FORGERIES = {
     "stdout_markers": "print('pass pass pass\\n3 passed\\nOK\\nRan 3 tests')\nimport sys\nsys.stderr.write('OK')\ndef f(x): return 0",
     "verdicts_everywhere": "import os, json\nm = json.dumps({'verdicts': ['pass'] * 3, 'opaque_eq': 0, 'clean': True}).encode()\n"
     "for fd in range(1, 256):\n    try: os.write(fd, len(m).to_bytes(4, 'little') + m)\n    except OSError: pass\ndef f(x): return 0",
-    "verdicts_on_the_socket": _frame("send(b'{\"verdicts\": [\"pass\", \"pass\", \"pass\"]}')"),
-    "true_in_advance": _frame("[send(b'{\"v\": true, \"m\": []}') for _ in range(9)]; return 1"),
-    "stop_iteration": _frame("send(b'{\"x\": [\"StopIteration\", {\"l\": []}]}')"),
-    "system_exit": _frame("send(b'{\"x\": [\"SystemExit\", {\"l\": [0]}]}')"),
-    "assertion": _frame("send(b'{\"x\": [\"AssertionError\", {\"l\": []}]}')"),
+    "verdicts_on_the_socket": _frame('send(b\'{"verdicts": ["pass", "pass", "pass"]}\')'),
+    "true_in_advance": _frame('[send(b\'{"v": true, "m": []}\') for _ in range(9)]; return 1'),
+    "stop_iteration": _frame('send(b\'{"x": ["StopIteration", {"l": []}]}\')'),
+    "system_exit": _frame('send(b\'{"x": ["SystemExit", {"l": [0]}]}\')'),
+    "assertion": _frame('send(b\'{"x": ["AssertionError", {"l": []}]}\')'),
     "broken_error": _frame("send(b'{\"x\": 5}')"),
-    "eval": _frame("send(b'{\"v\": {\"B\": \"eval\"}, \"m\": []}')"),
-    "judges_object": _frame("send(b'{\"v\": {\"r\": 1}, \"m\": []}')"),
-    "call_the_judge": _frame("send(b'{\"q\": [\"call\", 1, [], {}]}')"),
-    "ask_the_judge": _frame("send(b'{\"q\": [\"attr\", 1, \"__globals__\"]}')"),
+    "eval": _frame('send(b\'{"v": {"B": "eval"}, "m": []}\')'),
+    "judges_object": _frame('send(b\'{"v": {"r": 1}, "m": []}\')'),
+    "call_the_judge": _frame('send(b\'{"q": ["call", 1, [], {}]}\')'),
+    "ask_the_judge": _frame('send(b\'{"q": ["attr", 1, "__globals__"]}\')'),
     "too_large": _frame("os.write(3, b'\\xff' * 4)"),
     "half_a_frame": _frame("os.write(3, b'\\x09\\x00\\x00\\x00{'); os._exit(0)"),
     "no_json": _frame("send(b'\\x80\\x04cos\\nsystem\\n')"),
     "deep": _frame("send(b'{\"v\": ' + b'[' * 100000 + b']' * 100000 + b'}')"),
     "deep_tags": _frame("send(b'{\"v\": ' + b'{\"l\": [' * 5000 + b']}' * 5000 + b'}')"),
-    "overwrite_argument": _frame("send(b'{\"v\": 0, \"m\": [[0, 4], [\"__builtins__\", {\"d\": []}]]}')"),
+    "overwrite_argument": _frame('send(b\'{"v": 0, "m": [[0, 4], ["__builtins__", {"d": []}]]}\')'),
     "ready_again": _frame("send(b'{\"ready\": true}')"),
     "long_integer": _frame("send(b'{\"v\": ' + b'9' * 1000000 + b'}')"),
-    "handle_with_a_name": _frame("send(b'{\"v\": {\"h\": 1, \"n\": \"int\"}, \"m\": []}')"),
+    "handle_with_a_name": _frame('send(b\'{"v": {"h": 1, "n": "int"}, "m": []}\')'),
     "pickle": "import os\nclass P:\n    def __reduce__(s): return os.system, ('touch /tmp/x',)\n    def __eq__(s, o): return True\ndef f(x): return P()",
     "error_with_a_lying_name": "class M(type):\n    __name__ = 'AssertionError'\nclass E(Exception, metaclass=M): pass\ndef f(x): raise E",
     "loads_as_ready": "import os\nb = b'{\"ready\": true}'\nos.write(3, len(b).to_bytes(4, 'little') + b)\n"
-    "while True:\n    os.write(3, b'\\x12\\x00\\x00\\x00{\"v\": 4, \"m\": []}  ')",
+    'while True:\n    os.write(3, b\'\\x12\\x00\\x00\\x00{"v": 4, "m": []}  \')',
 }
 
 _SYSCALL = "ctypes.CDLL(None, use_errno=True).syscall({}) >= 0"
@@ -195,7 +201,7 @@ _LIBC = "ctypes.CDLL(None).{} >= 0"
 HARM = {
     "passwd": _harm("open('/etc/passwd').read()"),
     "shadow": _harm("open('/etc/shadow').read()"),
-    "home": _harm("os.listdir('/root') or os.listdir('/home')"),
+    "home": _harm("[n for d in ('/root', '/home') for n in os.listdir(d) if f'{d}/{n}' not in sys.base_prefix]"),
     "project": _harm("os.path.exists('/work') or os.path.exists('/tmp/w')"),
     "list_root": _harm("set(os.listdir('/')) - {'usr', 'lib', 'lib64', 'lib32', 'bin', 'tmp', 'dev', 'etc', 'root', 'home', "
                        "'workbench.zip', sys.base_prefix.split('/')[1]}"),
@@ -301,10 +307,16 @@ BOMBS = {
 
 BOMBS_IN_THE_JUDGE = [
     Attack("endless_iterator", "import itertools\ndef f(x): return itertools.count()", ("assert sum(f(2)) == 4",)),
-    Attack("endless_list", "import itertools\ndef f(x): return itertools.repeat('x' * 1000)", ("assert list(f(2)) == [4]",)),
+    Attack(
+        "endless_list", "import itertools\ndef f(x): return itertools.repeat('x' * 1000)", ("assert list(f(2)) == [4]",)
+    ),
     Attack("long_number", "def f(x): return 1 << (1 << 24)", ("assert f(2) % 7 == 4 or f(2) ** 3 % 9 == 4",)),
     Attack("long_power", "def f(x): return 10 ** 9", ("assert 3 ** f(2) == 9",)),
-    Attack("large_exponent", "import decimal\ndef f(x): return decimal.Decimal('1e999999')", ("assert int(f(2)) ** 9 == 4",)),
+    Attack(
+        "large_exponent",
+        "import decimal\ndef f(x): return decimal.Decimal('1e999999')",
+        ("assert int(f(2)) ** 9 == 4",),
+    ),
     Attack("many_callbacks", "def f(g):\n    while True: g(1)", ("assert f(lambda x: x) == 4",)),
     Attack("nested_callbacks", "def f(g): return g(g)", ("def g(h): return f(h)\nassert f(g) == 4",)),
     Attack("large_list", "def f(x): return [0] * 2_000_000", ("assert f(2) == [4]",)),
@@ -321,14 +333,28 @@ CARRIED = {
     "umask": ("__import__('os').umask(0)", "__import__('os').umask(0o22) == 0"),
     "niceness": ("__import__('os').nice(5)", "__import__('os').nice(0) > 0"),
     "random_state": ("__import__('random').seed(1)", "__import__('random').random() == 0.13436424411240122"),
-    "queue": ("__import__('ctypes').CDLL(None).msgget(77, 0o1666)", "__import__('ctypes').CDLL(None).msgget(77, 0) >= 0"),
-    "segment": ("__import__('ctypes').CDLL(None).shmget(77, 9, 0o1666)", "__import__('ctypes').CDLL(None).shmget(77, 9, 0) >= 0"),
+    "queue": (
+        "__import__('ctypes').CDLL(None).msgget(77, 0o1666)",
+        "__import__('ctypes').CDLL(None).msgget(77, 0) >= 0",
+    ),
+    "segment": (
+        "__import__('ctypes').CDLL(None).shmget(77, 9, 0o1666)",
+        "__import__('ctypes').CDLL(None).shmget(77, 9, 0) >= 0",
+    ),
 }
 """What one program leaves behind, and whether the next one finds it."""
 
 
 def _all() -> list[Attack]:
-    kinds = {"exit": EXITS, "lie": LIES, "patch": PATCHES, "search": SEARCHES, "forge": FORGERIES, "harm": HARM, "bomb": BOMBS}
+    kinds = {
+        "exit": EXITS,
+        "lie": LIES,
+        "patch": PATCHES,
+        "search": SEARCHES,
+        "forge": FORGERIES,
+        "harm": HARM,
+        "bomb": BOMBS,
+    }
     plain = [Attack(f"{kind}-{name}", source) for kind, sources in kinds.items() for name, source in sources.items()]
     lies = [attack._replace(name=f"lie_at-{attack.name}") for attack in LIES_AT_OTHER_TESTS]
     bombs = [attack._replace(name=f"bomb_in_the_judge-{attack.name}") for attack in BOMBS_IN_THE_JUDGE]
@@ -336,5 +362,5 @@ def _all() -> list[Attack]:
 
 
 ATTACKS = _all()
-HARMLESS = {"bomb-threads", "lie_at-length_forged", "lie_at-isinstance"}
-"""Names of attacks whose tests may pass."""
+NOT_REWARDED_BUT_HARMLESS = {"bomb-threads"}
+"""The right answer beside something that the limits stop."""

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs are data: one line each is easier to read)
 """Honest programs of the kinds that models write: every one of them must earn all of its tests."""
 
 from __future__ import annotations

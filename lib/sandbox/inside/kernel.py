@@ -33,7 +33,7 @@ THREADS = 64
 class _Program(ctypes.Structure):
     """struct sock_fprog."""
 
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]  # noqa: RUF012 (as ctypes wants it)
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
 
 
 class Machine:
@@ -101,10 +101,9 @@ def set_limits(memory_mb: int, file_mb: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def set_cpu_limit(cpu: float, hard: bool) -> None:
-    """SIGXCPU once this process has used `cpu` seconds more than now (the kernel counts whole ones), SIGKILL if hard."""
-    seconds = int(time.process_time() + cpu) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1 if hard else resource.RLIM_INFINITY))
+def set_cpu_limit(cpu: float) -> None:
+    """SIGXCPU after `cpu` seconds of CPU time (the kernel counts whole ones), SIGKILL one later."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + 1, int(cpu) + 2))
 
 
 def cpu_seconds(pid: int) -> float:

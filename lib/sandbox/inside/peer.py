@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from lib.sandbox.inside.wire import (
     CONTAINERS,
@@ -28,6 +28,8 @@ from lib.sandbox.inside.wire import (
     read_frame,
     write_frame,
 )
+
+_T = TypeVar("_T")
 
 _BATCH = 64
 """Items of one of the solution's iterators that are asked for at once, at most; at first it is one."""
@@ -360,7 +362,7 @@ def _batch(iterator: Opaque, most: int) -> tuple[list[Any], bool]:
     return answer[0], answer[1] is not False
 
 
-def _of(kind: type, value: Any) -> Any:
+def _of(kind: type[_T], value: Any) -> _T:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}")
     return value

@@ -1,7 +1,7 @@
 """The solution side: a server that runs each untrusted program in a fresh clone of itself, inside one sandbox.
 
-Owns the life of an execution: its own processes, files and limits, then its end. It never sees a test. Must not know the
-judge: what the program's functions return goes to a socket that came from outside.
+Owns the life of an execution: its own processes, files and limits, then its end. It never sees a test. Must not know
+the judge: what the program's functions return goes to a socket that came from outside.
 
     python -c "from lib.sandbox.inside.solution import main; help(main)"
 """
@@ -9,12 +9,14 @@ judge: what the program's functions return goes to a socket that came from outsi
 from __future__ import annotations
 
 import gc
+import io
 import os
 import random
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 from typing import Any, NoReturn
@@ -43,7 +45,7 @@ def main(control_fd: str, marks_fd: str, mode: str) -> None:
         for name in PRELOADED.split():
             __import__(name)
     server = Server(control, int(marks_fd), limits, warm=mode == "warm")
-    sys.stdout.reconfigure(line_buffering=True)  # what a program prints is seen even where it is killed
+    _line_buffering(True)  # what a program prints is seen even where it is killed
     sys.path[:] = [path for path in sys.path if path != os.environ["PYTHONPATH"]]
     gc.collect()
     gc.freeze()
@@ -117,35 +119,41 @@ class Server:
 
     def _clone(self, kind: str, fds: list[int]) -> NoReturn:
         """In the clone: confine this process, then run the program. It must never return into the server's code."""
-        limits = self._limits
         try:
-            os.setsid()  # kill(0) reaches the process group, and that of a clone would be the server's: namespaces or not
-            _redirect(fds, self._confined)
-            if self._warm:
-                self._machine.mount_tmpfs("/tmp", TMP_BYTES, TMP_FILES)
-                os.chdir("/tmp")
-            sock = socket.socket(fileno=_RPC)
-            sent = wire.read_frame(sock)
-            if kind == "program":
-                _stdin(sent["stdin"])
-            kernel.set_limits(limits["memory_mb"], limits["file_mb"])
-            kernel.set_cpu_limit(limits["cpu"], hard=True)
-            self._machine.drop_capabilities()
-            self._machine.filter_calls()
-            os.eventfd_write(_CONFINED, 1)
-            os.close(_CONFINED)
-            random.seed(0)  # the same program gives the same answer twice
-            _program(sent["source"]) if kind == "program" else _module(sock, sent["source"])
-        except wire.ProtocolError:
-            os._exit(0)  # the judge has heard enough
-        except BaseException as error:  # the last line of a process: whatever it is, it ends here
+            sock, sent = self._confine(kind, fds)
+        except BaseException as error:  # whatever it is, this process ends here; the server finds that it was not ready
             os.write(2, f"the sandbox could not be set up: {error!r}\n".encode("utf-8", "replace"))
-        os._exit(1)
+            os._exit(1)
+        try:
+            _program(sent["source"]) if kind == "program" else _module(sock, sent["source"])
+        finally:
+            os._exit(1)
+
+    def _confine(self, kind: str, fds: list[int]) -> tuple[socket.socket, dict[str, str]]:
+        """Take this process's privileges away, one after the other; its socket, and what to run."""
+        limits = self._limits
+        os.setsid()  # kill(0) reaches the process group, and that of a clone would be the server's: namespaces or not
+        _redirect(fds, self._confined)
+        if self._warm:
+            self._machine.mount_tmpfs("/tmp", TMP_BYTES, TMP_FILES)
+            os.chdir("/tmp")
+        sock = socket.socket(fileno=_RPC)
+        sent = wire.read_frame(sock)
+        if kind == "program":
+            _stdin(sent["stdin"])
+        kernel.set_limits(limits["memory_mb"], limits["file_mb"])
+        kernel.set_cpu_limit(limits["cpu"])
+        self._machine.drop_capabilities()
+        self._machine.filter_calls()
+        random.seed(0)  # the same program gives the same answer twice
+        os.eventfd_write(_CONFINED, 1)
+        os.close(_CONFINED)
+        return sock, sent
 
 
-def _drain(marks: int) -> int:
+def _drain(counter: int) -> int:
     try:
-        return os.eventfd_read(marks)
+        return os.eventfd_read(counter)
     except BlockingIOError:
         return 0
 
@@ -187,8 +195,10 @@ def _module(sock: socket.socket, source: str) -> NoReturn:
         wire.write_frame(sock, {"ready": False, "error": _named(error)})
         os._exit(1)
     wire.write_frame(sock, {"ready": True})
-    Solution(sock, names).serve_forever()
-    os._exit(0)
+    try:
+        Solution(sock, names).serve_forever()
+    finally:
+        os._exit(0)  # the judge has heard enough
 
 
 def _program(source: str) -> NoReturn:
@@ -196,7 +206,7 @@ def _program(source: str) -> NoReturn:
     os.close(_RPC)
     main_module = types.ModuleType("__main__")
     sys.modules["__main__"] = main_module
-    sys.stdout.reconfigure(line_buffering=False)
+    _line_buffering(False)
     status = 0
     try:
         exec(compile(source, "<solution>", "exec", dont_inherit=True), vars(main_module))
@@ -205,12 +215,17 @@ def _program(source: str) -> NoReturn:
     except BaseException as error:  # (model code may raise anything)
         sys.stderr.write(f"{_named(error)}: {error}\n")
         status = 1
-    for thread in __import__("threading").enumerate():
-        if thread is not __import__("threading").current_thread() and not thread.daemon:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status & 0xFF)
+
+
+def _line_buffering(wanted: bool) -> None:
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=wanted)
 
 
 def _named(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Frames and values on the socket between solution and judge: only plain builtin data crosses.
 
-Owns the framing and the value format: JSON with one-letter tags; what is not plain crosses as an opaque handle. Decoding
-is total: any bytes give a value or a ProtocolError, nothing is executed. Must not know tests, processes or sandboxes.
+Owns the framing and the value format: JSON with one-letter tags; what is not plain crosses as an opaque handle.
+Decoding is total: any bytes give a value or a ProtocolError, nothing is executed. Must not know tests,
+processes or sandboxes.
 
     python -c "from lib.sandbox.inside.wire import encode; print(encode([1, (2, 3)]))"
 """
@@ -94,10 +95,12 @@ def _exactly(sock: socket.socket, size: int) -> bytearray:
 
 # values ---------------------------------------------------------------------------------------------------------------
 
-_TYPES = {
-    kind.__name__: kind
-    for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, type(None))
-}
+_TYPES: dict[str, type] = {
+    "bool": bool, "int": int, "float": float, "complex": complex, "str": str, "bytes": bytes, "bytearray": bytearray,
+    "list": list, "tuple": tuple, "dict": dict, "set": set, "frozenset": frozenset, "range": range,
+    "NoneType": type(None),
+}  # fmt: skip
+_TYPE_NAMES = {kind: name for name, kind in _TYPES.items()}
 """Types that may cross as themselves, in both directions: calling them does nothing but make plain values."""
 
 
@@ -117,8 +120,8 @@ def encode(value: Any, keep: Callable[[Any], Encoded] | None = None, depth: int 
     for base, tag, content in _ENCODERS:
         if issubclass(kind, base):
             return content(value, keep, depth + 1) if tag is None else {tag: content(value, keep, depth + 1)}
-    if kind is type and _TYPES.get(value.__name__) is value:
-        return {"B": value.__name__}
+    if kind is type and value in _TYPE_NAMES:
+        return {"B": _TYPE_NAMES[value]}
     if keep is None:
         raise UnsupportedError(f"a value of type {kind.__name__}")
     encoded: Encoded = keep(value)
@@ -227,6 +230,10 @@ EXCEPTIONS = {
 """The exceptions that cross by name."""
 
 
+_LONGEST_MESSAGE = 10_000
+"""Characters of a text that crosses as an exception's argument."""
+
+
 class RemoteError(Exception):
     """An exception of the other side that has no builtin counterpart."""
 
@@ -235,7 +242,8 @@ def encode_error(error: BaseException) -> list[Encoded]:
     """The nearest builtin exception's name, and those arguments that are plain."""
     known = (kind.__name__ for kind in type(error).__mro__ if EXCEPTIONS.get(kind.__name__) is kind)
     plain = [given for given in error.args[:3] if given is None or type(given) in (str, int, float)]
-    return [next(known, "RemoteError"), encode(plain)]
+    short = [given[:_LONGEST_MESSAGE] if type(given) is str else given for given in plain]
+    return [next(known, "RemoteError"), encode(short)]
 
 
 def decode_error(encoded: Any) -> Exception:
