@@ -12,9 +12,11 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ from pydantic import BaseModel, ConfigDict
 from lib import PROJECT_ROOT, WorkbenchError, places, provenance
 from lib.cost import ATTEMPT, CostError, Resources, beat, begin_attempt, load_prices, read_bill
 from lib.gpu import granted
+from lib.ledger import NAME as LEDGER
+from lib.ledger import Ledger, LedgerError
 from lib.log import ScrubbedStream, name_secrets, scrub
 from lib.runfolder import LOCK, LOGS, atomic_file, hash_file, held_by, read_run, write_json
 
@@ -184,6 +188,10 @@ class _Attempt:
         self.done = threading.Event()
         self.ready = False
         self.scrubbed: dict[Path, int] = {}
+        self.ledger = Path(tempfile.mkdtemp(prefix="workbench-ledger-")) / LEDGER
+        """On this container's own disk: SQLite can neither lock nor keep its write-ahead log on a volume."""
+        self.kept: list[tuple[int, int]] = []
+        """What the ledger's files were like when they were last copied."""
 
     def run(self) -> dict[str, Any]:
         name_secrets(foreign_variables())
@@ -198,7 +206,10 @@ class _Attempt:
             return self._result(2, other)
         try:
             self._begin()
+            self._restore_ledger()
             status = self._work()
+        except LedgerError as error:
+            return self._result(2, str(error))
         finally:
             self._leave()
         return self._result(status, "" if status == 0 else "\n".join(self.tail[-8:]))
@@ -260,6 +271,7 @@ class _Attempt:
             places.OUTPUTS: str(OUTPUTS),
             LOCK: self.job.lock,
             provenance.CODE: str(code),
+            places.LEDGER: str(self.ledger),
             ATTEMPT: self.name,
             "PYTHONUNBUFFERED": "1",
         }
@@ -305,6 +317,7 @@ class _Attempt:
         beat(self.folder, self.name, ready=self.ready)
         write_json(self.claim, self._claim_record())
         scrub_files(self.folder, self.scrubbed)
+        self._keep_ledger()
         try:
             commit()
         except Exception as error:  # the next one may get through; the container's end commits in any case
@@ -341,9 +354,35 @@ class _Attempt:
             run = read_run(self.folder)
             run.finish({"cost": run.bill().as_json()})
         scrub_files(self.folder, self.scrubbed)
+        self.kept = []
+        self._keep_ledger()
         self.claim.unlink(missing_ok=True)
         with suppress(Exception):  # the container's end commits in any case; what ended the attempt must be told
             commit()
+
+    def _restore_ledger(self) -> None:
+        """Bring the run's ledger here; raises LedgerError where it is damaged."""
+        if (self.folder / LEDGER).is_file():
+            shutil.copyfile(self.folder / LEDGER, self.ledger)
+            try:
+                Ledger(self.ledger).close()
+            except LedgerError:
+                self.ledger.unlink()  # it must not become the run's again
+                raise
+
+    def _keep_ledger(self) -> None:
+        """Put a whole copy of the ledger, where it changed, into the run's folder."""
+        files = (self.ledger, self.ledger.with_name(f"{LEDGER}-wal"))
+        now = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+        if not self.ledger.is_file() or now == self.kept:
+            return
+        try:
+            ledger = Ledger(self.ledger)
+            ledger.backup(self.folder / LEDGER)
+            ledger.close()
+            self.kept = now
+        except (LedgerError, OSError) as error:  # the run goes on; the next copy may get through
+            logger.warning("the ledger was not copied to the volume, will be tried again: %s", error)
 
     def _gpu(self) -> str | None:
         """The GPU that this container got of those asked for; prices and quotes are by its name."""

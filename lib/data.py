@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate
 from numbers import Real
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, ClassVar, Self, overload
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -52,6 +52,8 @@ __all__ = [
     "TableErrors",
     "Where",
     "finite",
+    "hub_table",
+    "is_json",
     "messages_of",
     "write_csv",
 ]
@@ -61,6 +63,9 @@ log = logging.getLogger(__name__)
 
 class RowsTask(Task, frozen=True):
     """A task whose rows come from a table. A subclass says how a record becomes a row (`row`) and how it is scored."""
+
+    stratified: ClassVar[bool] = False
+    """Whether both sides of the split hold the same mixture of the tables."""
 
     path: str = ""
     """A file (.csv, .jsonl, .json, .parquet) or a folder of them, relative to the project root."""
@@ -98,7 +103,7 @@ class RowsTask(Task, frozen=True):
     def tables(self) -> list[Table]:
         """The tables named by the fields, opened."""
         if self.dataset:
-            return [_hub_table(self.dataset, self.dataset_config, self.dataset_split)]
+            return [hub_table(self.dataset, self.dataset_config, self.dataset_split)]
         if not self.path:
             raise TaskError("the task has no data: set task.path (a file or a folder) or task.dataset (a Hub dataset).")
         return open_tables(self.input_files())
@@ -146,7 +151,8 @@ class _Data:
         if not used:
             raise TaskError(f"no rows left in {', '.join(table.name for table in self.tables)}: all were left out.")
         self._used = used
-        self._splits = _split(used, keys, task)
+        edges = self._first[1:-1] if task.stratified else []
+        self._splits = _split(used, keys, edges, task)
 
     def _check_table(self, number: int, table: Table, errors: TableErrors, used: array[int], keys: array[int]) -> None:
         before, header = errors.total, errors.at(table.name, "")
@@ -236,9 +242,10 @@ def _key(seed: int, identity: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _split(used: array[int], keys: array[int], task: RowsTask) -> dict[Split, array[int]]:
+def _split(used: array[int], keys: array[int], edges: list[int], task: RowsTask) -> dict[Split, array[int]]:
     """Rows ranked by the hash of their ids: the lowest are for training, the highest for evaluation.
 
+    `edges` are the row numbers at which a new stratum begins; a row's rank is that within its stratum, as a share.
     With `max_samples`, the ranks in the middle are left out, so that no row is ever on one side of a small run and on
     the other side of a big one. A ratio strictly between 0 and 1 leaves at least one row on each side.
     """
@@ -248,14 +255,21 @@ def _split(used: array[int], keys: array[int], task: RowsTask) -> dict[Split, ar
     train = round(task.split_ratio * total)
     if 0 < task.split_ratio < 1 and total > 1:
         train = min(max(train, 1), total - 1)
-    order = numpy.argsort(numpy.frombuffer(keys, dtype=numpy.uint64), kind="stable")
     numbers = numpy.frombuffer(used, dtype=numpy.int64)
+    order = numpy.argsort(numpy.frombuffer(keys, dtype=numpy.uint64), kind="stable")
+    if edges:
+        strata = numpy.searchsorted(edges, numbers[order], side="right")
+        shares = numpy.empty(len(order))
+        for stratum in numpy.unique(strata):
+            members = strata == stratum
+            shares[members] = (numpy.arange(members.sum()) + 0.5) / members.sum()
+        order = order[numpy.argsort(shares, kind="stable")]
     chosen = {"train": order[:train], "eval": order[len(order) - (total - train) :]}
     return {split: array("q", numpy.sort(numbers[ranks]).tobytes()) for split, ranks in chosen.items()}  # type: ignore[misc]
 
 
-def _hub_table(dataset: str, config: str, split: str) -> Table:
-    """A Hub dataset as a table: `datasets` keeps it on disk and maps it into memory."""
+def hub_table(dataset: str, config: str, split: str) -> Table:
+    """A Hub dataset as a table: `datasets` keeps it on disk and maps it into memory. Raises TaskError."""
     import datasets
 
     name = "/".join(part for part in (dataset, config, split) if part)
@@ -322,7 +336,7 @@ class ScoreFunctionTask(RowsTask, frozen=True):
             return None
         if row.get("category") is not None:
             row["category"] = str(row["category"])
-        return row if _is_json(row, where) else None
+        return row if is_json(row, where) else None
 
     async def score(self, rollout: Rollout) -> Score:
         """The user's verdict, checked. Raises TaskError naming the row when it is no verdict."""
@@ -353,7 +367,8 @@ class ScoreFunctionTask(RowsTask, frozen=True):
         )
 
 
-def _is_json(row: Row, where: Where) -> bool:
+def is_json(row: Row, where: Where) -> bool:
+    """Whether a row can be written as JSON; the column that cannot is reported."""
     if where.errors is None:  # checked before
         return True
     for name, value in row.items():

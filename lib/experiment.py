@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
 from lib.log import name_secrets, scrub
+from lib.task import load_task
 
 if TYPE_CHECKING:
     import modal
@@ -95,7 +96,7 @@ def read_experiment(file: Path | None = None) -> Experiment:
 
 def secret_names(config: Config) -> list[str]:
     """The secrets that a run uses: those that the config names, and what its tracker and its model may need."""
-    names = list(config.modal.secrets)
+    names = [*config.modal.secrets, *_of_the_task(config)]
     if config.tracker.name == "wandb":
         names.append("wandb-secret")
     if config.model.name != "starter":
@@ -107,14 +108,15 @@ def find_secrets(config: Config) -> dict[str, modal.Secret]:
     """Modal's secret of each name, else one made from `.env` and the shell. Raises ExperimentError for missing ones."""
     found: dict[str, modal.Secret] = {}
     missing: list[str] = []
+    keys = KEYS | _of_the_task(config)
     for name in secret_names(config):
-        secret = _secret(name)
+        secret = _secret(name, keys.get(name))
         if secret is not None:
             found[name] = secret
         elif name in config.modal.secrets or name not in OPTIONAL:
             missing.append(name)
     if missing:
-        raise ExperimentError(_how_to_make(missing))
+        raise ExperimentError(_how_to_make(missing, keys))
     return found
 
 
@@ -128,10 +130,16 @@ def refuse_secrets(texts: Mapping[str, str]) -> None:
             )
 
 
-def _secret(name: str) -> modal.Secret | None:
+def _of_the_task(config: Config) -> dict[str, str]:
+    """Secret name -> environment variable, for what the task's scoring needs; unusual variables name their secret."""
+    usual = {key: name for name, key in KEYS.items()}
+    task = load_task(config.task.name, **config.task.params)
+    return {usual.get(key, key.lower().replace("_", "-")): key for key in task.env_keys()}
+
+
+def _secret(name: str, key: str | None) -> modal.Secret | None:
     import modal
 
-    key = KEYS.get(name)
     named = modal.Secret.from_name(name, required_keys=[key] if key else [])
     try:
         named.hydrate()
@@ -148,10 +156,10 @@ def _secret(name: str) -> modal.Secret | None:
         ) from None
 
 
-def _how_to_make(missing: Iterable[str]) -> str:
+def _how_to_make(missing: Iterable[str], keys: Mapping[str, str]) -> str:
     lines = [
-        f"  {name}: modal secret create {name} {KEYS.get(name, 'NAME')}=..."
-        + (f", or {KEYS[name]}=... in .env" if name in KEYS else "")
+        f"  {name}: modal secret create {name} {keys.get(name, 'NAME')}=..."
+        + (f", or {keys[name]}=... in .env" if name in keys else "")
         for name in missing
     ]
     return "\n".join(["secrets are missing; nothing was started:", *lines])

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib.task import ROW_PART
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -116,7 +118,7 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
     judged = [record for record in records if record["reward"] is not None or record["masked"]]
     counted = _by_row(judged, lambda record: lowest if record["masked"] else record["reward"])
     valid = _by_row(judged, lambda record: 0.0 if record["masked"] else record["parts"].get("valid", 1.0))
-    parts = sorted({name for record in records for name in record["parts"]})
+    parts = sorted({name for record in records for name in record["parts"] if not name.startswith(ROW_PART)})
     return Summary(
         policy=policy,
         n=len(rewards),
@@ -143,6 +145,18 @@ def by_category(
         )
         for name in categories
     }
+
+
+def by_part(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Gain]:
+    """The paired gain of every part that is a share or a verdict (0 to 1); parts of single rows are left out."""
+    values: dict[str, list[float]] = {}
+    for record in [*before, *after]:
+        for name, value in record["parts"].items():
+            if value is not None and not name.startswith(ROW_PART):
+                values.setdefault(name, []).append(value)
+    shares = sorted(name for name, some in values.items() if min(some) >= 0 and max(some) <= 1)
+    gains = {name: compare(before, after, name, seed) for name in shares}
+    return {name: gain for name, gain in gains.items() if gain.n}
 
 
 def most_changed(

@@ -19,6 +19,12 @@ DATA = "WORKBENCH_DATA"
 OUTPUTS = "WORKBENCH_OUTPUTS"
 """Environment variable of a container: the folder of its runs."""
 
+RUN = "WORKBENCH_RUN"
+"""Environment variable: the folder of the run that this process works for; what scoring keeps and costs goes there."""
+
+LEDGER = "WORKBENCH_LEDGER"
+"""Environment variable of a container: the ledger file on its own disk, instead of the run's own."""
+
 OUTSIDE = "outside"
 
 

@@ -17,11 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel
+
 from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import Config
 from lib.container import CLAIMS, MANIFEST, FileFact, Job, busy, live_writer, parse_manifest
 from lib.cost import Resources, load_prices, rates
 from lib.experiment import Experiment, ExperimentError, find_secrets, refuse_secrets
+from lib.ledger import NAME as LEDGER
+from lib.ledger import Ledger
 from lib.places import locate, travel_name
 from lib.runfolder import lock_hash
 from lib.task import Task, nearest
@@ -145,8 +149,10 @@ def _texts(config: Config, task: Task) -> list[str]:
     must = [evaluation.prompts, config.task.name if config.task.name.endswith(".py") else ""]
     for name in type(task).model_fields:
         value = getattr(task, name)
-        if isinstance(value, str):
+        if isinstance(value, str) and name != "ledger":  # a container has the run's own, and no use for another
             (must if name in ("path", "series") else may).append(value)
+        elif isinstance(value, BaseModel):  # a judge's settings: its model may be a folder
+            may += [inner for inner in dict(value).values() if isinstance(inner, str)]
     return [text for text in may if text and _may_be_path(text)] + [text for text in must if text]
 
 
@@ -364,7 +370,10 @@ def runs(experiment: Experiment) -> list[str]:
 
 
 def fetch(experiment: Experiment, run: str, folder: Path, skip: Sequence[str] = ()) -> list[Path]:
-    """Bring the files of a run (or of a folder in it) here; checkpoints that are here already are left."""
+    """Bring the files of a run (or of a folder in it) here; checkpoints that are here already are left.
+
+    The ledger is merged into the one here, which may hold verdicts that the container never saw.
+    """
     found = [entry for entry in entries(experiment, "/outputs", run) if entry.type.name == "FILE"]
     if not found:
         where = experiment.volumes["/outputs"]
@@ -372,7 +381,7 @@ def fetch(experiment: Experiment, run: str, folder: Path, skip: Sequence[str] = 
         hint = nearest(run, known) if known else " It holds no runs yet."
         raise RemoteError(f"there is no run {run!r} on {where}.{hint}")
     fetched = []
-    for entry in found:
+    for entry in sorted(found, key=_is_ledger):  # last: a damaged one must not keep the others from coming
         name = PurePosixPath(entry.path).relative_to(run)
         target = folder / name
         if name.parts[0] in (CLAIMS, *skip) or _is_same(target, entry):
@@ -382,10 +391,27 @@ def fetch(experiment: Experiment, run: str, folder: Path, skip: Sequence[str] = 
         with partial.open("wb") as file:
             for block in volume(experiment, "/outputs").read_file(entry.path):
                 file.write(block)
-        os.utime(partial, (entry.mtime, entry.mtime))
-        os.replace(partial, target)
+        if _is_ledger(entry):
+            _merge_ledger(target, partial)
+        else:
+            os.utime(partial, (entry.mtime, entry.mtime))
+            os.replace(partial, target)
         fetched.append(target)
     return fetched
+
+
+def _is_ledger(entry: Any) -> bool:
+    return PurePosixPath(entry.path).parts[1:] == (LEDGER,)
+
+
+def _merge_ledger(target: Path, partial: Path) -> None:
+    ledger = Ledger(target)
+    try:
+        new = ledger.merge(partial)
+    finally:
+        partial.unlink()
+        ledger.close()
+    logger.info("ledger: %d verdicts are new here", new)
 
 
 def _is_same(target: Path, entry: Any) -> bool:

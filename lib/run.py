@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 CHAIN = ("1_data_prep", "2_reward_inspection", "3_grpo_training", "4_adapter_evaluation")
 
+SCORELESS = frozenset({"1_data_prep"})
+"""Notebooks that score nothing: they run without a judge's key."""
+
 EPILOG = """\
 examples:
   python -m lib.run all configs/decisions.yaml                       the whole chain; finished stages are skipped
@@ -81,6 +84,9 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         order = check(options.notebook, options.config, options.parameters)
+        if order.config.where == "here" and not SCORELESS.issuperset(path.stem for path in order.parameters):
+            for warning in order.task.check():
+                sys.stderr.write(f"warning: {warning}\n")
         open_run(order.run, order.config)
     except WorkbenchError as error:
         raise UsageError(str(error)) from None

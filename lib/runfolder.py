@@ -27,6 +27,7 @@ from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import SCHEMA, Config, ConfigError, parse_config, resolve_path
 from lib.cost import Bill, read_bill
 from lib.log import scrub, start_logging
+from lib.places import RUN
 from lib.tables import JsonlTable
 from lib.task import Row, Split
 
@@ -256,6 +257,7 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
         run.check_config()
     write_json(existing, config.as_json())
     start_logging(folder / "log.txt")
+    os.environ[RUN] = str(folder)
     _record_provenance(run)
     return run
 

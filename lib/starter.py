@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1  # goes into the cache key: raise it with every change here that changes the saved files
+RECIPE = 2  # goes into the cache key: raise it with every change here that changes the saved files
 FACTS = "starter.json"  # written last
 CONTEXT = 1024  # tokens
 VOCABULARY, PHRASES = 512, 256  # word pieces, the 256 bytes included, and added tokens at most
+STEP_TOKENS = 16_384  # a step of the warm start holds no more: long rows make smaller batches
 FITTED_ROWS, FITTED_CHARACTERS = 1_000, 2_000  # what the tokenizer is fitted to, of all rows and of each text
 
 # ChatML. Every message ends the same way wherever it stands, so a longer conversation starts with the shorter one's.
@@ -90,7 +92,8 @@ def build_starter(rows: Sequence[Row], folder: Path, **settings: Any) -> Path:
     """Build tokenizer and model from the rows, warm-start the model, and save both to `folder`, whole or not at all.
 
     A row needs `prompt` and either `demonstration` (assistant message: what the policy is to imitate, good or bad) or
-    `gold`. `settings` are the fields of StarterSettings. Raises StarterError.
+    `gold`; where no row has one, passages of the prompts are imitated. `settings` are the fields of StarterSettings.
+    Raises StarterError.
     """
     chosen = StarterSettings(**settings)
     if folder.exists():
@@ -154,11 +157,25 @@ def _content_key(rows: Sequence[Row], settings: StarterSettings) -> str:
 def _conversations(rows: Sequence[Row], settings: StarterSettings) -> list[Row]:
     """For each row its prompt and the one answer to imitate, under `answer`."""
     random = Random(settings.seed)
+    if not any(row.get("demonstration") or row.get("gold") for row in rows):
+        # Judged tasks know no right answer. Passages of the prompts are text at least, and some say more than others.
+        logger.info("starter: no row has an answer to imitate, so the toy learns to repeat passages of the prompts")
+        return [
+            {"prompt": row["prompt"], "tools": row.get("tools"), "answer": _passage(random.choice(rows), random)}
+            for row in rows
+        ]
     conversations = []
     for row in rows:
         shown = row if row.get("demonstration") or random.random() < settings.gold_share else random.choice(rows)
         conversations.append({"prompt": row["prompt"], "tools": row.get("tools"), "answer": _first_answer(shown)})
     return conversations
+
+
+def _passage(row: Row, random: Random) -> Message:
+    """One to three sentences of a prompt as an answer."""
+    sentences = re.split(r"(?<=[.!?])\s+", str(row["prompt"][-1].get("content") or "").strip())
+    first = random.randrange(len(sentences))
+    return {"role": "assistant", "content": " ".join(sentences[first : first + random.randint(1, 3)])}
 
 
 def _first_answer(row: Row) -> Message:
@@ -253,7 +270,7 @@ def _warm_start(
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=_batch_size(dataset, settings),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(20, settings.steps // 5),
@@ -275,6 +292,12 @@ def _warm_start(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
+
+
+def _batch_size(dataset: Any, settings: StarterSettings) -> int:
+    """Rows in a step: as set, or what STEP_TOKENS holds of the longest, but 8 at least."""
+    longest = max(len(ids) for ids in dataset["input_ids"])
+    return min(settings.batch_size, max(8, STEP_TOKENS // longest))
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, conversation: Row) -> dict[str, list[int]]:

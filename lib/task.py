@@ -28,6 +28,9 @@ Message = dict[str, Any]
 Row = dict[str, Any]
 """JSON only. Required: id, prompt (list[Message]). Optional: tools, gold, category, and anything the scorer reads."""
 
+ROW_PART = "criterion/"
+"""How the names of parts begin that mean something for their own row only."""
+
 Split = Literal["train", "eval"]
 
 
@@ -81,6 +84,7 @@ class Score(BaseModel, frozen=True, extra="forbid"):
 
     reward: float | None
     parts: dict[str, float | None] = {}
+    """Named numbers. Those that begin with ROW_PART belong to one row: kept with it, not averaged over a step."""
     notes: dict[str, Any] = {}
     masked: bool = False
 
@@ -113,6 +117,18 @@ class Task(BaseModel, frozen=True, extra="forbid"):
     ) -> list[Path]:
         """Write the task's own converted tables for people and other tools, if it has any; returns the paths."""
         return []
+
+    def env_keys(self) -> list[str]:
+        """Environment variables that scoring needs (a judge's key, say): they become secrets in a container."""
+        return []
+
+    def check(self) -> list[str]:
+        """Warnings before anything starts; raises where scoring can never work as configured. Looks at no network."""
+        return []
+
+    def cheats(self, row: Row) -> dict[str, str]:
+        """Answers to a row that try to fool this task's own scorer, by name; notebook 2 tries them with its own."""
+        return {}
 
     async def reply(self, rollout: Rollout) -> list[Message]:
         """What the world answers (a tool result, game feedback); [] ends the rollout."""

@@ -21,7 +21,7 @@ LEDGER = "ledger.sqlite"
 TASK = '''
 """Decisions, with every verdict kept in a ledger."""
 
-from lib.ledger import Ledger, content_key
+from lib.ledger import Entry, Verdict, hash_text, open_ledger, verdict_key
 from lib.task import Rollout, Score
 from lib.tasks.decisions import Decisions
 
@@ -31,9 +31,11 @@ class Witnessed(Decisions, frozen=True):
 
     async def score(self, rollout: Rollout) -> Score:
         score = await super().score(rollout)
-        verdict = "unknown" if score.reward is None else "pass" if score.parts["best"] else "fail"
-        record = {"row": rollout.row["id"], "answer": rollout.text, "reward": score.reward}
-        Ledger(self.ledger).put(content_key(str(rollout.row["id"]), rollout.text), verdict, record)
+        best = None if score.reward is None else float(score.parts["best"] or 0)
+        verdict = Verdict("unknown" if best is None else "pass" if best else "fail", best, str(score.reward))
+        row, answer = str(rollout.row["id"]), hash_text(rollout.text)
+        key = verdict_key("witnessed-1", row, "nobody", "1", answer)
+        open_ledger(self.ledger).put([Entry(key, verdict, "witnessed-1", row, "best", "nobody", "1", answer)])
         return score
 '''
 
@@ -81,10 +83,10 @@ def records(log: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in log.read_text().splitlines()]
 
 
-def verdicts(ledger: Path) -> list[tuple[str, ...]]:
-    """All that a ledger holds, in the order of its keys."""
+def verdicts(ledger: Path) -> list[tuple[Any, ...]]:
+    """All that a ledger holds but times, in the order of its keys."""
     connection = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)
     try:
-        return sorted(connection.execute("SELECT * FROM verdicts"))
+        return sorted(connection.execute("SELECT key, verdict, score, reasons, row, answer FROM verdicts"))
     finally:
         connection.close()

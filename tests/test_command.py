@@ -40,7 +40,7 @@ def given(text: str) -> dict[str, object]:
         "/venv/lib/modal/__main__.py run --detach -m lib.modal_app::run",
         "modal run lib/modal_app.py::run",
         "modal run ./lib/modal_app.py::run",
-        "modal run /work/my project/lib/modal_app.py::run".replace("my project", "'my project'"),
+        "modal run /home/ada/my project/lib/modal_app.py::run".replace("my project", "'my project'"),
         "modal run -m lib.modal_app::app.run",
         "modal run -q --env main -m lib.modal_app::run",
         "modal run --name run -m lib.modal_app::run",

@@ -14,7 +14,7 @@ from lib import PROJECT_ROOT
 from lib.config import SCHEMA, Config, ConfigError, check_key, load_config, parse_config, resolve_path
 from lib.task import load_task
 
-NOT_RUNS = ("prices.yaml", "schedule.yaml")  # what else lies in configs/: the price file and the schedule
+NOT_RUNS = ("prices.yaml", "schedule.yaml", "judges.yaml")  # what else lies in configs/
 CONFIGS = sorted(path for path in (PROJECT_ROOT / "configs").rglob("*.yaml") if path.name not in NOT_RUNS)
 TASK = {"task": {"name": "decisions"}}
 

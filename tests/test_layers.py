@@ -23,13 +23,15 @@ ORDER = """
     task
     config   log   tables   ledger   cost
     quote
-    provenance   data   judge   sandbox
-    runfolder
+    provenance   data   sandbox
+    judge
+    runfolder   grading   reward_model
     tasks
     rollout
     models   starter   trainer   paired
     generate
-    evaluate   prepare   meter
+    evaluate   prepare
+    meter   attacks
     preflight
     show
     sync   hosts
@@ -48,6 +50,10 @@ FORBIDDEN = {
     "task": ["models", "backends", "runfolder", "trainer", "rollout", "tasks"],
     "tables": ["data", "tasks"],
     "ledger": ["task", "tasks", "trainer", "rollout"],
+    "grading": ["tasks", "rollout", "trainer", "models", "config"],
+    "reward_model": ["task", "tasks", "rollout", "trainer"],
+    "attacks": ["trainer", "backends", "tasks"],
+    "meter": ["trainer", "backends", "tasks"],
     "judge": ["task", "tasks", "rollout", "trainer"],
     "sandbox": ["task", "tasks", "rollout", "trainer"],
     "rollout": ["tasks", "trainer", "backends", "config", "runfolder"],

@@ -67,8 +67,9 @@ def test_a_preemption_costs_nothing_and_a_kill_at_most_one_save_interval(preempt
     assert len(resumed) == 2
     assert resumed[0] >= 7 and resumed[0] % 10  # the step that it was in, not the last save
     assert resumed[1] >= 30
-    starts = [event for event in cloud.events("input_start") if event["function"] == "notebook"][:3]
-    assert len({event["input"] for event in starts}) == 1 and len({event["task"] for event in starts}) == 3
+    containers = {path.stem for path in (preempted / "cost").glob("*.json")}  # named after Modal's tasks
+    starts = [event for event in cloud.events("input_start") if event["task"] in containers]
+    assert len({event["input"] for event in starts}) == 1 and len(containers) == 3
 
 
 def test_the_executed_notebook_of_every_attempt_is_kept(preempted: Path) -> None:

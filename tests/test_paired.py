@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.paired import RESAMPLES, by_category, compare, interval, most_changed, paired, row_rewards, summarize
+from lib.paired import RESAMPLES, by_category, by_part, compare, interval, most_changed, paired, row_rewards, summarize
 
 
 def record(
@@ -167,6 +167,14 @@ def test_each_category_is_compared_on_its_own_rows() -> None:
     assert list(gains) == ["even", "odd"]
     assert (gains["even"].n, gains["odd"].n) == (5, 5)
     assert gains["even"].mean == pytest.approx(0.2) and gains["odd"].mean == pytest.approx(-0.1)
+
+
+def test_parts_that_are_shares_are_compared_and_those_of_single_rows_or_other_units_are_not() -> None:
+    before = [record(i, 0.5, hurdles=0.0, regret=4.0, **{f"criterion/{i}": 1.0}) for i in range(6)]
+    after = [record(i, 0.5, hurdles=0.5, regret=1.0, **{f"criterion/{i}": 0.0}) for i in range(6)]
+    gains = by_part(before, after)
+    assert {name: gain.mean for name, gain in gains.items()} == {"hurdles": 0.5}
+    assert list(summarize("base", before).parts) == ["hurdles", "regret"]
 
 
 # -- one policy -------------------------------------------------------------------------------------------------------

@@ -84,3 +84,17 @@ def test_the_class_of_the_readme_is_a_task(tmp_path: Path) -> None:
     assert row["answer"] == "1" and len(task.rows("train")) == 3
     assert score_one(task, Rollout.of(row, "1")).reward == 1.0
     assert score_one(task, Rollout.of(row, "2")).reward == 0.0
+
+
+def test_the_judged_config_of_the_readme_is_a_task(tmp_path: Path) -> None:
+    from lib.grading import JudgedTask
+
+    example = next(text for text in re.findall(r"```yaml\n(.*?)```", README, re.S) if "name: judged" in text)
+    (tmp_path / "tickets.jsonl").write_text(
+        "".join(f'{{"prompt": "Ticket {i}", "reference": "Do {i}"}}\n' for i in range(9))
+    )
+    (tmp_path / "support.yaml").write_text(example.replace("tickets.jsonl", str(tmp_path / "tickets.jsonl")))
+    config = load_config(tmp_path / "support.yaml")
+    task = load_task(config.task.name, **config.task.params)
+    assert isinstance(task, JudgedTask) and task.env_keys() == ["GEMINI_API_KEY"]
+    assert {criterion.id for criterion in task.criteria(task.rows("train")[0])} == {"solves", "tone"}

@@ -232,9 +232,20 @@ def test_demonstrations_are_imitated_where_there_are_any() -> None:
     assert answers == [row["demonstration"][0] for row in rows]
 
 
+def test_where_no_row_has_an_answer_passages_of_the_prompts_are_imitated() -> None:
+    from lib.starter import StarterSettings, _conversations
+
+    texts = [f"Buy {n} apples. Say which. Why? Name the shop." for n in range(20)]
+    rows = [{"id": str(n), "prompt": [{"role": "user", "content": text}]} for n, text in enumerate(texts)]
+    answers = [str(one["answer"]["content"]) for one in _conversations(rows, StarterSettings())]
+    assert all(any(answer and answer in text for text in texts) for answer in answers)
+    assert len(set(answers)) > 5
+
+
 def test_rows_with_no_answer_are_refused_by_name(tmp_path: Path) -> None:
+    bare = {"id": "r1", "prompt": [{"role": "user", "content": "x"}]}
     with pytest.raises(StarterError, match=r"row 'r1' has no assistant message"):
-        build_starter([{"id": "r1", "prompt": [{"role": "user", "content": "x"}]}], tmp_path / "starter")
+        build_starter([*colour_rows(40), bare], tmp_path / "starter", gold_share=1.0)
     with pytest.raises(StarterError, match="no rows"):
         starter_path([], tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from lib import PROJECT_ROOT, WorkbenchError
 from lib.config import Config
 from lib.cost import ATTEMPT, Budget, Resources, beat, begin_attempt, load_prices
 from lib.log import echo, scrub, start_logging
-from lib.places import locate
+from lib.places import RUN, locate
 from lib.provenance import machine
 from lib.runfolder import Run, base_hash, exclusive, hash_file, read_run, task_file_hash
 from lib.task import Row, Task, load_task
@@ -155,6 +155,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, watch: Watc
 def train_child(folder: str) -> int:
     """The child's whole life: lock the run, train with the configured backend, write down how it ended."""
     run = read_run(folder)
+    os.environ[RUN] = str(run.folder)
     start_logging(run.path("log.txt"))
     error_file = _error_file(run)
     error_file.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from lib.config import Config
 from lib.generate import Chat, batched, within_limit
 from lib.rollout import Scored, check_unscored, collect, to_tokens
 from lib.runfolder import Run, atomic_file, plain, read_lines
-from lib.task import Row, Task
+from lib.task import ROW_PART, Row, Task
 from lib.trainer import Batch, finished_reward, make_trainer_class
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def batch_metrics(scored: Sequence[Scored], rewards: Sequence[float | None], gro
     counts: Counter[str] = Counter()
     for s in scored:
         for name, value in s.score.parts.items():
-            if value is not None:
+            if value is not None and not name.startswith(ROW_PART):
                 totals[name] += value  # type: ignore[assignment]
                 counts[name] += 1
     return metrics | {f"parts/{name}": totals[name] / counts[name] for name in totals}

@@ -1,6 +1,6 @@
-"""Reward inspection before anything is trained: known answers, the base policy's answers, and the signal in them.
+"""What known answers earn, and what the base policy answers before anything is trained.
 
-Owns the checks of notebook 2. Must not know training.
+Owns sampling for the inspection. Must not know training, or what is good enough (gate.py).
 
     python -m lib.run notebooks/2_reward_inspection.ipynb configs/decisions.yaml
 """
@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import models
+from lib.attacks import gold_text, other_golds
 from lib.config import Config
 from lib.evaluate import answer_rows
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
 from lib.rollout import submit
 from lib.runfolder import Run
-from lib.task import Rollout, Row, Score, Task, TaskError
+from lib.task import ROW_PART, Rollout, Row, Score, Task, TaskError
 
 logger = logging.getLogger(__name__)
-
-CANDIDATES = 8
-"""Other rows' gold answers tried as wrong ones: the one with the lowest score is shown."""
 
 
 def score_answers(task: Task, row: Row, answers: dict[str, str]) -> list[dict[str, Any]]:
@@ -35,7 +33,7 @@ def score_answers(task: Task, row: Row, answers: dict[str, str]) -> list[dict[st
             "kind": name,
             "text": answers[name],
             "reward": "masked" if score.masked else "unscored" if score.reward is None else round(score.reward, 4),
-            **{part: value for part, value in score.parts.items() if value is not None},
+            **{part: v for part, v in score.parts.items() if v is not None and not part.startswith(ROW_PART)},
         }
         for name, score in scores.items()
     ]
@@ -83,40 +81,33 @@ def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list
     return records
 
 
-def grouped_rewards(records: Sequence[dict[str, Any]], group_size: int) -> list[list[float | None]]:
+def grouped_rewards(records: Sequence[Mapping[str, Any]], group_size: int) -> list[list[float | None]]:
     """Rewards group by group; None = masked or unscored."""
     rewards = [None if record["masked"] else record["reward"] for record in records]
     return [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
 
 
-def signal(records: Sequence[dict[str, Any]], group_size: int, batch_groups: int) -> list[dict[str, Any]]:
-    """How much of what the base policy says a trainer could learn from, in words and numbers."""
-    groups = grouped_rewards(records, group_size)
-    useful = _share(len({r for r in group if r is not None}) > 1 for group in groups)
-    empty = _share(all(r is None for r in group) for group in groups)
-    masked = _share(bool(r["masked"]) for r in records)
-    unscored = _share(r["reward"] is None and not r["masked"] for r in records)
-    cut = _share(r["stop"] == "length" for r in records)
-    checks = [
-        ("groups whose rewards differ (signal)", useful, f"about {useful * batch_groups:.1f} useful groups a step"),
-        ("groups without a single valid answer", empty, "nothing to learn from"),
-        ("answers masked by the task (invalid)", masked, "left out of the gradient"),
-        ("answers unscored", unscored, "judge, sandbox or scorer failed"),
-        ("answers cut off at the completion limit", cut, "raise sampling.completion_limit if high"),
-    ]
-    return [{"check": check, "share": share, "meaning": meaning} for check, share, meaning in checks]
+def find_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
+    """The rows of these ids; looks no further than it must."""
+    missing, found = set(wanted), []
+    for row in rows:
+        if not missing:
+            break
+        if str(row["id"]) in missing:
+            missing.discard(str(row["id"]))
+            found.append(row)
+    return found
 
 
-def _share(flags: Iterable[bool]) -> float:
+def share(flags: Iterable[bool]) -> float:
+    """The share that is true; 0 of nothing."""
     values = list(flags)
     return sum(values) / len(values) if values else 0.0
 
 
 def _answers(task: Task, row: Row, rows: Sequence[Row]) -> dict[str, str]:
     """Gold where the row has one; the worst of other rows' golds; nothing; the prompt back; several golds at once."""
-    others = random.Random(row["id"]).sample(range(len(rows)), min(4 * CANDIDATES, len(rows)))
-    gold = _text(row)
-    golds = list(dict.fromkeys(text for i in others if (text := _text(rows[i])) and text != gold))[:CANDIDATES]
+    gold, golds = gold_text(row), other_golds(row, rows)
     answers = {"gold": gold} if gold else {}
     if golds:
         answers["wrong"] = min(golds, key=lambda text: _order(score_one(task, Rollout.of(row, text))))
@@ -125,10 +116,6 @@ def _answers(task: Task, row: Row, rows: Sequence[Row]) -> dict[str, str]:
     if golds:
         answers["cheat: many answers at once"] = " ".join([gold, *golds])
     return answers
-
-
-def _text(row: Row) -> str:
-    return str(row["gold"][-1].get("content") or "") if row.get("gold") else ""
 
 
 def _order(score: Score) -> float:
