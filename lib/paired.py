@@ -132,6 +132,36 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
     )
 
 
+def pass_at_k(records: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[int, Gain]:
+    """By k = 1, 2, 4, ...: the chance that one of k answers solves a row (part `solved`), with its interval over rows.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of a row with c of n answers right (Chen et al. 2021, arXiv
+    2107.03374), averaged over rows. Unscored answers do not count as tries; a row needs k scored ones. {} where no
+    answer has the part.
+    """
+    import numpy as np
+
+    tries: dict[str, list[float]] = {}
+    for record in records:
+        solved = record["parts"].get("solved")
+        kept = tries.setdefault(record["row"], [])
+        if solved is not None and (record["reward"] is not None or record["masked"]):
+            kept.append(solved)
+    most = max(map(len, tries.values()), default=0)
+    found: dict[int, Gain] = {}
+    for k in [2**power for power in range(most.bit_length())]:
+        values = np.array([_pass_at_k(len(some), round(sum(some)), k) for some in tries.values() if len(some) >= k])
+        low, high = interval(values, seed)
+        error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        left_out = len(tries) - len(values)
+        found[k] = Gain(float(values.mean()), low, high, len(values), left_out, _POWER * error)
+    return found
+
+
+def _pass_at_k(tries: int, right: int, k: int) -> float:
+    return 1.0 - math.comb(tries - right, k) / math.comb(tries, k)
+
+
 def by_category(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> dict[str, Gain]:

@@ -41,7 +41,16 @@ def command(code: int, *, solution: bool, warm: bool) -> list[str]:
     No /proc (as root it would show, and let write, the kernel's settings), no /etc, no home, no network; the root and
     /dev are read-only; only the solution side has a /tmp that can be written, with a limit.
     """
-    arguments = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY, "--die-with-parent"]
+    arguments = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--uid",
+        _NOBODY,
+        "--gid",
+        _NOBODY,
+        "--die-with-parent",
+    ]
     arguments += ["--new-session", "--clearenv"]
     for name, value in environment(CODE).items():
         arguments += ["--setenv", name, value]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.evaluate import Comparison
 from lib.paired import Gain, Summary
+from lib.paired import pass_at_k as estimates
 from lib.show.figure import BLUE, GREEN, GREY, RED, done, draw_bars, new_figure
 from lib.show.page import put, table, text
 
@@ -41,6 +42,20 @@ def summaries(policies: Sequence[Summary]) -> None:
         }
         for s in policies
     )
+
+
+def pass_at_k(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The share of rows solved in k tries, policy by policy; says so where the task has no part `solved`."""
+    found = {label: estimates(some) for label, some in records.items()}
+    lines = [
+        {"policy": label, **{f"pass@{k}": f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for k, e in some.items()}}
+        for label, some in found.items()
+        if some
+    ]
+    if lines:
+        table(lines, "Rows solved in k tries (95 % interval over rows)")
+    else:
+        text("pass@k: this task has no answers that are simply right or wrong (no part `solved`)")
 
 
 def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figure:

@@ -34,6 +34,7 @@ PROBLEMS = "configs/examples/coding.jsonl"
 """The project's own problems."""
 
 LOG = 2000  # characters of a program's output that are kept
+_SCORES = {"pass": 1.0, "fail": 0.0, "unknown": None}
 
 
 _NAMED = r"\b{0}\(|[`'\"]{0}[`'\"(]|\b(?:[Cc]lass|[Ff]unction|[Nn]amed|[Cc]alled|[Dd]ef)\s+{0}\b"
@@ -194,20 +195,21 @@ class Coding(RowsTask, frozen=True):
         return cheats_for(row.get("entry_points", ()))
 
     async def score(self, rollout: Rollout) -> Score:
-        """Tests passed: all or nothing, or their share. parts: passed, valid, format, timeout (each 0 to 1).
+        """Tests passed: all or nothing, or their share. parts: solved, passed, valid, format, timeout (each 0 to 1).
 
         All-or-nothing stops at the first failure, so `passed` is then the share known to pass. Raises SandboxError.
         """
         found = extract_program(rollout.text, rollout.row.get("entry_points", ()))
         tidy = float(found.tidy)
         if found.source is None:
-            parts: dict[str, float | None] = {"passed": 0.0, "valid": 0.0, "format": tidy, "timeout": 0.0}
+            parts: dict[str, float | None] = {"solved": 0.0, "passed": 0.0, "valid": 0.0, "format": tidy}
+            parts["timeout"] = 0.0
             return Score(reward=self.format_share * tidy, parts=parts, notes={"invalid": found.problem})
         outcome = await self._run(rollout.row, found.source)
-        parts = {"passed": outcome.passed, "valid": 1.0, "format": tidy}
+        parts = {"solved": float(outcome.passed == 1), "passed": outcome.passed, "valid": 1.0, "format": tidy}
         parts["timeout"] = float("timeout" in outcome.verdicts)
         reward = (1 - self.format_share) * self._correct(outcome) + self.format_share * tidy
-        return Score(reward=reward, parts=parts, notes=_notes(found, outcome))
+        return Score(reward=reward, parts=parts, notes=_notes(rollout.row, found, outcome))
 
     def _correct(self, outcome: Outcome) -> float:
         return outcome.passed if self.partial else float(outcome.passed == 1)
@@ -261,14 +263,24 @@ def _answer(source: str) -> list[Message]:
     return [{"role": "assistant", "content": fenced(source)}]
 
 
-def _notes(found: Extracted, outcome: Outcome) -> dict[str, Any]:
-    """What a person looks at: the program, the verdict of each test, time and memory."""
-    notes: dict[str, Any] = {"program": found.source, "found": found.found, "verdicts": list(outcome.verdicts)}
+def _notes(row: Row, found: Extracted, outcome: Outcome) -> dict[str, Any]:
+    """What a person looks at: the program, the verdict of each test by its number, time and memory."""
+    texts = row.get("tests") or [f"{given!r} → {expected!r}" for given, expected in row["io"]]
+    told = {
+        str(number): {"verdict": _word(verdict), "score": _SCORES[_word(verdict)], "reasons": verdict, "text": text}
+        for number, (verdict, text) in enumerate(zip(outcome.verdicts, texts, strict=True), 1)
+    }
+    notes: dict[str, Any] = {"program": found.source, "found": found.found, "verdicts": told}
     if outcome.opaque:
         notes["opaque"] = "a test compared two objects that the solution made"
     if outcome.log:
         notes["log"] = outcome.log
     return notes | {"sandbox": outcome.sandbox, "measured": outcome.measured}
+
+
+def _word(verdict: str) -> str:
+    """A test's verdict in the words that every scorer's notes use."""
+    return {"pass": "pass", "not run": "unknown"}.get(verdict, "fail")
 
 
 def _measured(runs: Sequence[Execution | ProgramRun]) -> dict[str, float]:

@@ -57,6 +57,11 @@ def earned(row: Row, source: str, **params: Any) -> Score:
     return submit(Coding(**params).score(Rollout.of(row, fenced(source)))).result(timeout=120)
 
 
+def told(score: Score) -> list[str]:
+    """What each test said, in order."""
+    return [one["reasons"] for one in score.notes["verdicts"].values()]
+
+
 def reward(row: Row, source: str, **params: Any) -> float | None:
     return earned(row, source, **params).reward
 
@@ -337,23 +342,23 @@ def test_the_reward_is_all_or_nothing_or_the_share_of_tests_passed(
 ) -> None:
     score = earned(ROW, source)
     assert score.reward == all_or_nothing and not score.masked
-    assert score.notes["verdicts"][0] == verdict
+    assert told(score)[0] == verdict
     assert reward(ROW, source, partial=True) == share
 
 
 @needs_sandbox
 def test_all_or_nothing_stops_at_the_first_failure() -> None:
     stub = stub_for(["double"])
-    assert earned(ROW, stub).notes["verdicts"] == ["fail", "not run", "not run", "not run"]
-    assert earned(ROW, stub, partial=True).notes["verdicts"] == ["fail"] * 4
+    assert told(earned(ROW, stub)) == ["fail", "not run", "not run", "not run"]
+    assert told(earned(ROW, stub, partial=True)) == ["fail"] * 4
 
 
 @needs_sandbox
 def test_a_score_tells_the_program_its_verdicts_time_and_memory() -> None:
     score = earned(ROW, "print('made\\x1b[31m')\n" + DOUBLE)
-    assert score.parts == {"passed": 1.0, "valid": 1.0, "format": 1.0, "timeout": 0.0}
+    assert score.parts == {"solved": 1.0, "passed": 1.0, "valid": 1.0, "format": 1.0, "timeout": 0.0}
     assert score.notes["program"].endswith("return 2 * x") and score.notes["found"] == "fenced"
-    assert score.notes["verdicts"] == ["pass"] * 4 and score.notes["sandbox"] in ("warm", "cold")
+    assert told(score) == ["pass"] * 4 and score.notes["sandbox"] in ("warm", "cold")
     assert "made" in score.notes["log"] and "\x1b" not in score.notes["log"]
     assert set(score.notes["measured"]) >= {"cpu_seconds", "wall_seconds"}
     json.dumps(score.notes, allow_nan=False)
@@ -363,7 +368,7 @@ def test_a_score_tells_the_program_its_verdicts_time_and_memory() -> None:
 def test_an_endless_program_is_a_timeout_and_earns_nothing() -> None:
     settings = SandboxSettings.model_validate({"limits": {"test_cpu": 0.3, "cpu": 1.0, "wall": 10.0}})
     score = earned(ROW, "def double(x):\n    while True: pass\n", sandbox=settings)
-    assert score.reward == 0.0 and score.parts["timeout"] == 1.0 and score.notes["verdicts"][0] == "timeout"
+    assert score.reward == 0.0 and score.parts["timeout"] == 1.0 and told(score)[0] == "timeout"
 
 
 @pytest.mark.parametrize(
@@ -458,7 +463,9 @@ def test_a_program_is_paid_for_what_it_prints(source: str, all_or_nothing: float
 @needs_sandbox
 def test_a_failed_input_ends_an_all_or_nothing_run_and_the_output_is_kept() -> None:
     notes = earned(IO_ROW, "print('no\\x07')\n").notes
-    assert notes["verdicts"] == ["fail", "not run", "not run"] and notes["log"].startswith("no\\x07\n")
+    assert [one["reasons"] for one in notes["verdicts"].values()] == ["fail", "not run", "not run"]
+    assert [one["verdict"] for one in notes["verdicts"].values()] == ["fail", "unknown", "unknown"]
+    assert notes["verdicts"]["1"]["text"].startswith("'") and notes["log"].startswith("no\\x07\n")
 
 
 # -- cheats -----------------------------------------------------------------------------------------------------------
