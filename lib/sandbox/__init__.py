@@ -126,7 +126,7 @@ async def _submit(job: Job, settings: SandboxSettings) -> Execution | ProgramRun
 
 def _choose(settings: SandboxSettings) -> _Chosen:
     """The first backend that passes its self-test."""
-    if settings.backend != "none":
+    if settings.backend in ("auto", "warm", "cold"):
         bubblewrap.require()
     reasons: list[str] = []
     for kind, user in _candidates(settings):
@@ -138,14 +138,22 @@ def _choose(settings: SandboxSettings) -> _Chosen:
         reason = "; ".join(reasons) or "the first choice"
         logger.info("sandbox: %s, self-test passed in %.1f s (%s)", _shown(kind, user), found[1], reason)
         test = SelfTest(kind, tuple(found[0]), found[1], reason)
-        return _Chosen(test, partial(Worker, kind, settings.limits, user))
+        return _Chosen(test, partial(_worker, kind, user, settings))
     raise SandboxError("no sandbox passed its self-test. " + " | ".join(reasons))
 
 
 def _candidates(settings: SandboxSettings) -> list[tuple[Kind, int | None]]:
     kinds: list[Kind] = ["warm", "cold"] if settings.backend == "auto" else [settings.backend]
-    users = list(dict.fromkeys([bubblewrap.user(), None]))
+    users = [None] if settings.backend == "modal" else list(dict.fromkeys([bubblewrap.user(), None]))
     return [(kind, user) for kind in kinds for user in users]
+
+
+def _worker(kind: Kind, user: int | None, settings: SandboxSettings) -> AnyWorker:
+    if kind != "modal":
+        return Worker(kind, settings.limits, user)
+    from lib.sandbox.modal_host import ModalWorker
+
+    return ModalWorker(settings)
 
 
 def _shown(kind: Kind, user: int | None) -> str:
@@ -156,7 +164,7 @@ def _tested(kind: Kind, user: int | None, settings: SandboxSettings) -> tuple[li
     """All checks on one worker, in this thread. Raises SandboxError where it does not start, or one fails."""
     started = time.monotonic()
     limits = checks.LIMITS.model_copy(update={"memory_mb": settings.limits.memory_mb})
-    worker = Worker(kind, limits, user)
+    worker = _worker(kind, user, settings.model_copy(update={"limits": limits}))
     try:
         found = checks.check(worker.run, kind)
     finally:

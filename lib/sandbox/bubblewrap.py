@@ -84,13 +84,16 @@ def python(script: str) -> list[str]:
 
 
 @cache
-def archive() -> bytes:
-    """lib/sandbox/inside, compiled: a zip file that Python imports from. Compiling it anew costs 30 ms a start."""
+def archive(compiled: bool = True) -> bytes:
+    """lib/sandbox/inside as a zip file that Python imports from; compiling it anew would cost 30 ms a start."""
     inside = Path(__file__).parent / "inside"
     modules = {f"lib/sandbox/inside/{path.stem}": path.read_text() for path in sorted(inside.glob("*.py"))}
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as file:
         for name, source in {"lib/__init__": "", "lib/sandbox/__init__": "", **modules}.items():
+            if not compiled:
+                file.writestr(f"{name}.py", source)
+                continue
             code = compile(source, f"{name}.py", "exec", dont_inherit=True)
             file.writestr(f"{name}.pyc", importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
     return data.getvalue()

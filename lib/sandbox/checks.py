@@ -48,7 +48,7 @@ def _attacks(canary: str, file: str) -> list[_Attack]:
     return [
         _Attack("environment", f"import os\n    return 'refused' if {canary!r} not in os.environ else 'read'"),
         _Attack("files of this machine", f"return open({file!r}).read()"),
-        _Attack("other processes", "import os\n    return 'refused' if not os.path.exists('/proc/1') else 'listed'"),
+        _Attack("other processes", "return open('/proc/1/environ').read()"),
         _Attack("writing to the system", writes + "return 'refused'"),
         _Attack("network", "import socket\n    socket.socket()\n    return 'connected'", boundary=False),
         _Attack("new processes", "import os\n    os.fork()\n    return 'forked'", boundary=False),

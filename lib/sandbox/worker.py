@@ -27,7 +27,7 @@ from lib.sandbox.settings import Execution, Kind, Limits, ProgramRun, SandboxErr
 
 _START = 20.0
 """Seconds that a side may take to start."""
-_GRACE = 5.0
+GRACE = 5.0
 """Seconds beyond the wall limit after which a side that does not answer is taken to be broken."""
 _LOG = 2000
 """Characters of output that are kept for people."""
@@ -37,13 +37,17 @@ _SEND = 10.0
 """Seconds in which a side must take what it is sent."""
 
 
+Group = tuple[tuple[str, ...], tuple[str, ...], str, bool]
+"""Tests, entry points, setup, stop at the first failure."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One program, and its tests or its standard input."""
 
     source: str
-    group: tuple[tuple[str, ...], tuple[str, ...], str, bool] | None = None
-    """Tests, entry points, setup, stop at the first failure: executions that share it share a judge."""
+    group: Group | None = None
+    """Executions that share it share a judge."""
     stdin: str = ""
 
 
@@ -69,10 +73,10 @@ class Worker:
         self._judge = self._judge or self._start("judge")
         started = time.monotonic()
         try:
-            exchange = _Exchange(self._limits.output_mb << 20, apart=job.group is None)
+            exchange = Exchange(self._limits.output_mb << 20, apart=job.group is None)
             try:
                 self._begin(job, exchange)
-                self._wait(job, exchange, started + self._limits.wall + _GRACE)
+                self._wait(job, exchange, started + self._limits.wall + GRACE)
             finally:
                 exchange.close()
         except (OSError, ProtocolError) as error:
@@ -82,7 +86,8 @@ class Worker:
                 self._solution.close()
                 self._solution = None
         took = time.monotonic() - started
-        return self._execution(exchange, took, len(job.group[0])) if job.group else self._program(exchange, took)
+        tests = len(job.group[0]) if job.group else 0
+        return executed(exchange, took, tests, self._kind) if job.group else ran(exchange, took, self._kind)
 
     def close(self) -> None:
         for side in (self._solution, self._judge):
@@ -104,7 +109,7 @@ class Worker:
         finally:
             os.close(code)
 
-    def _begin(self, job: Job, exchange: _Exchange) -> None:
+    def _begin(self, job: Job, exchange: Exchange) -> None:
         assert self._solution and self._judge
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -121,18 +126,17 @@ class Worker:
             if job.group:
                 self._ask_judge(job.group, ours)
 
-    def _ask_judge(self, group: tuple[Any, ...], sock: socket.socket) -> None:
+    def _ask_judge(self, group: Group, sock: socket.socket) -> None:
         assert self._judge
         if self._group == group:
             write_frame(self._judge.control, {"again": True}, [sock.fileno()])
             return
         if self._group is not None:
             write_frame(self._judge.control, {"end": True})
-        names = ("tests", "entry_points", "setup", "stop_at_first_failure")
-        write_frame(self._judge.control, {"group": dict(zip(names, group, strict=True))}, [sock.fileno()])
+        write_frame(self._judge.control, group_frame(group), [sock.fileno()])
         self._group = group
 
-    def _wait(self, job: Job, exchange: _Exchange, deadline: float) -> None:
+    def _wait(self, job: Job, exchange: Exchange, deadline: float) -> None:
         """Until both sides have said how it ended; what the program prints is read meanwhile, and cut."""
         assert self._solution and self._judge
         solution, judge = self._solution.control, self._judge.control
@@ -183,42 +187,51 @@ class Worker:
             raise ProtocolError("the judge was killed from outside (out of memory?)")
         return verdicts
 
-    def _execution(self, exchange: _Exchange, took: float, tests: int) -> Execution:
-        end, judged = exchange.end, exchange.verdicts
-        assert end is not None and judged is not None
-        if "died" in judged:  # by what the program returned: a number so large that a loop in C never ends, say
-            first = "timeout" if judged["died"] in _OUT_OF_TIME else "died"
-            verdicts = [first, *[NOT_RUN] * (tests - 1)]
-        else:
-            lost = "timeout" if _timed_out(end) else "died"
-            verdicts = [lost if verdict == LOST else verdict for verdict in judged["verdicts"]]
-        return Execution(
-            tuple(verdicts),
-            end["cpu"],
-            took,
-            end["memory_mb"],
-            exchange.out.text(),
-            judged.get("opaque_eq", 0),
-            self._kind,
-        )
-
-    def _program(self, exchange: _Exchange, took: float) -> ProgramRun:
-        end = exchange.end
-        assert end is not None
-        if exchange.flooded:
-            stop = "flood"
-        elif _timed_out(end):
-            stop = "timeout"
-        else:
-            stop = "done" if end["status"] == 0 else "died" if end["status"] < 0 else "error"
-        stdout = bytes(exchange.out.kept).decode("utf-8", "replace")
-        return ProgramRun(stdout, stop, end["cpu"], took, end["memory_mb"], exchange.errors.text(), self._kind)
-
     def _last_words(self) -> str:
         return " ".join(side.last_words() for side in (self._solution, self._judge) if side is not None).strip()
 
 
 _MODES: dict[Kind, str] = {"warm": "warm", "cold": "cold", "none": "cold"}
+
+
+def group_frame(group: Group) -> dict[str, Any]:
+    """What a judge is told about executions with the same tests."""
+    return {"group": dict(zip(("tests", "entry_points", "setup", "stop_at_first_failure"), group, strict=True))}
+
+
+def executed(exchange: Exchange, took: float, tests: int, kind: Kind) -> Execution:
+    """The verdicts that an exchange ended with."""
+    end, judged = exchange.end, exchange.verdicts
+    assert end is not None and judged is not None
+    if "died" in judged:  # by what the program returned: a number so large that a loop in C never ends, say
+        first = "timeout" if judged["died"] in _OUT_OF_TIME else "died"
+        verdicts = [first, *[NOT_RUN] * (tests - 1)]
+    else:
+        lost = "timeout" if _timed_out(end) else "died"
+        verdicts = [lost if verdict == LOST else verdict for verdict in judged["verdicts"]]
+    return Execution(
+        tuple(verdicts),
+        end["cpu"],
+        took,
+        end["memory_mb"],
+        exchange.out.text(),
+        judged.get("opaque_eq", 0),
+        kind,
+    )
+
+
+def ran(exchange: Exchange, took: float, kind: Kind) -> ProgramRun:
+    """How a script ended."""
+    end = exchange.end
+    assert end is not None
+    if exchange.flooded:
+        stop = "flood"
+    elif _timed_out(end):
+        stop = "timeout"
+    else:
+        stop = "done" if end["status"] == 0 else "died" if end["status"] < 0 else "error"
+    stdout = bytes(exchange.out.kept).decode("utf-8", "replace")
+    return ProgramRun(stdout, stop, end["cpu"], took, end["memory_mb"], exchange.errors.text(), kind)
 
 
 _OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGVTALRM)
@@ -274,7 +287,7 @@ class _Side:
     def was_killed(self) -> bool:
         """Whether a signal ended it (bubblewrap says 128 + its number), and not a mistake of ours."""
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE)
+            self._process.wait(GRACE)
         code = self._process.returncode
         return code is not None and (code < 0 or code > 128)
 
@@ -312,9 +325,12 @@ class _Pipe:
             data = os.read(self.source, _READ)
         except BlockingIOError:
             return True
+        self.take(data)
+        return bool(data)
+
+    def take(self, data: bytes) -> None:
         self.total += len(data)
         self.kept += data[: max(0, self.most - len(self.kept))]
-        return bool(data)
 
     def text(self) -> str:
         """The beginning, with nothing in it that a terminal or a log would take for a command."""
@@ -322,7 +338,7 @@ class _Pipe:
         return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
-class _Exchange:
+class Exchange:
     """The pipes of one execution, and what the two sides said about its end."""
 
     def __init__(self, most: int, apart: bool) -> None:
@@ -339,6 +355,10 @@ class _Exchange:
 
     def read(self, fd: int) -> bool:
         return (self.out if fd == self.out.source else self.errors).read()
+
+    def take(self, stream: int, data: bytes) -> None:
+        """What came another way: 0 = standard output, 1 = standard error."""
+        (self.errors if stream else self.out).take(data)
 
     def drain(self) -> None:
         """What is left in the pipes of a program that is gone: no more than a pipe holds."""

@@ -23,7 +23,8 @@ def refuse(tag: str, encoded: Any) -> Any:
 
 
 PLAIN = [
-    None, True, 0, -(2**53), 2**53, -(10**40), 1.5, float("inf"), "ü\ud800", b"\x00", bytearray(b"x"), [1, [2]], (1, (2,)),
+    None, True, 0, -(2**53), 2**53, -(10**40), 1.5, float("inf"), "ü\ud800", b"\x00", bytearray(b"x"), [1, [2]],
+    (1, (2,)),
     {1: {"a": (1,)}}, {(1, 2): 3}, {1, 2}, frozenset({1}), 3 + 4j, range(9, 1, -2), deque([1]), decimal.Decimal("1.10"),
     fractions.Fraction(1, 3), datetime.datetime(2020, 1, 2, 3, 4, 5, 6), datetime.date(2020, 1, 2), datetime.time(1, 2),
     datetime.timedelta(1, 2, 3), int, list, type(None),

@@ -48,15 +48,19 @@ class UnsupportedError(TypeError):
 
 def write_frame(sock: socket.socket, message: object, fds: Iterable[int] = ()) -> None:
     """Send one message, with file descriptors where the socket is a local one. Raises UnsupportedError above MOST."""
+    data = frame(message)
+    if fds:
+        socket.send_fds(sock, [data[: _HEADER.size]], list(fds))
+        data = data[_HEADER.size :]
+    sock.sendall(data)
+
+
+def frame(message: object) -> bytes:
+    """One message as bytes: its length, and JSON."""
     data = json.dumps(message).encode()
     if len(data) > MOST:
         raise UnsupportedError(f"a value of {len(data)} bytes; at most {MOST} can cross")
-    header = _HEADER.pack(len(data))
-    if fds:
-        socket.send_fds(sock, [header], list(fds))
-        sock.sendall(data)
-    else:
-        sock.sendall(header + data)
+    return _HEADER.pack(len(data)) + data
 
 
 def read_frame(sock: socket.socket) -> Any:
