@@ -215,6 +215,11 @@ def test_a_check_is_true_or_false_and_nothing_else(value: Any) -> None:
     assert read_reply(reply({**GOOD_A, "pass": value}), TWO)["a"].verdict == "unknown"
 
 
+def test_a_verdict_that_says_both_is_none() -> None:
+    both = '{"verdicts": [{"id": "c1", "reasoning": "?", "pass": false, "pass": true}]}'
+    assert set(told(read_reply(both, CRITERIA)).values()) == {"unknown"}
+
+
 def test_one_bad_verdict_does_not_spoil_the_others() -> None:
     found = read_reply(reply({**GOOD_A, "pass": "no"}, GOOD_B), TWO)
     assert found["a"].verdict == "unknown" and found["b"].verdict == "pass"
@@ -406,3 +411,19 @@ async def test_two_ledgers_do_not_share_a_call(server: JudgeServer, tmp_path: Pa
     await asyncio.gather(graded(server, tmp_path / "a"), graded(server, tmp_path / "b"))
     assert server.stats()["requests"] == 2
     assert len(open_ledger(str(tmp_path / "b" / "ledger.sqlite"))) == 3
+
+
+async def test_what_nobody_waits_for_any_more_is_not_asked(server: JudgeServer, tmp_path: Path) -> None:
+    server.control(latency=0.3)
+    answers = [f"{ANSWER} {number}" for number in range(6)]
+    waiting = [asyncio.create_task(graded(server, tmp_path, one, {"concurrency": 2})) for one in answers]
+    while server.stats()["in_flight"] < 2:
+        await asyncio.sleep(0.02)
+    for task in waiting:  # as an interrupted cell does
+        task.cancel()
+    while server.stats()["in_flight"]:
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)  # in which a third request would have come
+    assert server.stats()["requests"] == 2
+    assert len(open_ledger(str(tmp_path / "ledger.sqlite"))) == 2 * len(CRITERIA)  # and those two are kept
+    assert "pass" in told(await graded(server, tmp_path, answers[-1], {"concurrency": 2})).values()

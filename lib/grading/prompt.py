@@ -140,7 +140,7 @@ def read_reply(text: str, criteria: Sequence[Criterion]) -> dict[str, Verdict]:
     Nothing is guessed: a verdict of another type, a score outside 0 to 1 and two verdicts that differ are unknown.
     """
     try:
-        reply = json.loads(text, parse_constant=_no_constant)
+        reply = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError):
         return all_unknown(criteria, "judge: the reply is not JSON")
     entries = reply.get("verdicts") if isinstance(reply, dict) else None
@@ -185,6 +185,14 @@ def _unknown(cause: str) -> Verdict:
 def all_unknown(criteria: Sequence[Criterion], cause: str) -> dict[str, Verdict]:
     """No verdict on any criterion, for one cause."""
     return {criterion.id: _unknown(cause) for criterion in criteria}
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; {"pass": false, "pass": true} is two verdicts, of which json would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice is not JSON")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:
