@@ -53,6 +53,9 @@ done
 { read -r version; read -r python; read -r content; } <<<"$facts"
 made="Python $version, $accelerator, in $PWD"
 
+# `venv --clear` would empty the folder that a link points at: another checkout's, say.
+[ ! -L .venv ] || stop ".venv is a link to $(readlink .venv): remove it, or run make setup there"
+
 missing=$(missing_packages)
 if [ -z "$missing" ] && [ "$had_made" = "$made" ] && [ "$had_content" = "$content" ] && [ "${FLASH_ATTENTION:-0}" = 0 ]; then
   say "ready: .venv (Python $version, $accelerator lock)"
