@@ -39,7 +39,7 @@ from lib.tables import (
     table_files,
     write_csv,
 )
-from lib.task import Message, Rollout, Row, Score, Split, Task, TaskError
+from lib.task import Message, Rollout, Row, Score, Split, Task, TaskError, nearest
 
 __all__ = [
     "CsvTable",
@@ -66,6 +66,8 @@ class RowsTask(Task, frozen=True):
 
     stratified: ClassVar[bool] = False
     """Whether both sides of the split hold the same mixture of the tables."""
+    read_columns: ClassVar[tuple[str, ...]] = ()
+    """The columns that the task reads, by our names; () = it takes whatever there is."""
 
     path: str = ""
     """A file (.csv, .jsonl, .json, .parquet) or a folder of them, relative to the project root."""
@@ -86,6 +88,16 @@ class RowsTask(Task, frozen=True):
     def _one_source(self) -> Self:
         if self.path and self.dataset:
             raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both set: keep one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _maps_what_is_read(self) -> Self:
+        for name in self.columns:
+            if self.read_columns and name not in self.read_columns:
+                raise ValueError(
+                    f"columns.{name}: no column of that name is read; it is our name before the colon, and the table's "
+                    f"after it.{nearest(name, self.read_columns)}"
+                )
         return self
 
     # -- what a subclass says -----------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ LOGS = ("rollouts.jsonl", "metrics.jsonl")
 LOCK = "WORKBENCH_LOCK"
 """Environment variable of a container: the lock hash of the machine that started it."""
 
+JUDGE_LIMITS = ("budget_usd", "concurrency", "timeout", "attempts", "key")
+"""Keys of `task.judge` that say how a judge is reached and what it may cost: no verdict depends on them."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -222,7 +225,7 @@ class Run:
 
     def _sections(self, sections: Sequence[str]) -> dict[str, Any]:
         config = self.config.as_json()
-        return {section: config[section] for section in sections}
+        return _deciding({section: config[section] for section in sections})
 
     def _stage(self, stage: str) -> dict[str, Any] | None:
         path = self.folder / "stages" / f"{stage}.json"
@@ -480,11 +483,9 @@ def _record_provenance(run: Run) -> None:
         return
     known = json.loads(path.read_text())
     if known["code"].get("commit") != now["code"]["commit"] or known["code"].get("diff") != now["code"]["diff"]:
-        logger.warning(
-            "the code changed since this run was made (%s then, %s now)",
-            known["code"].get("commit"),
-            now["code"]["commit"],
-        )
+        then, here = known["code"].get("commit"), now["code"]["commit"]
+        what = f"{then} then, {here} now" if then != here else f"{here} both times, with other changes on top"
+        logger.warning("the code changed since this run was made (%s)", what)
 
 
 def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,7 +494,18 @@ def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
         today = parse_config(key["config"]).as_json()
     except ConfigError:
         return dict(key)
-    return {**key, "config": {section: today[section] for section in key["config"]}}
+    return {**key, "config": _deciding({section: today[section] for section in key["config"]})}
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what decides nothing that a stage produces: a raised budget must not make it another run."""
+    task = config.get("task")
+    judge = task.get("judge") if isinstance(task, dict) else None
+    if not isinstance(task, dict) or not isinstance(judge, dict):
+        return config
+    kept = {name: value for name, value in judge.items() if name not in JUDGE_LIMITS}
+    rest = {name: value for name, value in task.items() if name != "judge"}
+    return {**config, "task": {**rest, **({"judge": kept} if kept else {})}}
 
 
 def _differences(known: Any, now: Any, where: str = "") -> list[str]:

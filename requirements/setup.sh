@@ -57,6 +57,9 @@ done
 { read -r version; read -r python; read -r content; } <<<"$facts"
 made="Python $version, $accelerator, in $PWD"
 
+# `venv --clear` would empty the folder that a link points at: another checkout's, say.
+[ ! -L .venv ] || stop ".venv is a link to $(readlink .venv): remove it, or run make setup there"
+
 missing=$(missing_packages)
 if [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null && [ -z "$missing" ]; then
   say "no bubblewrap: the coding task's sandbox wants it (sudo apt-get install bubblewrap); all else runs without"

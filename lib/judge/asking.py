@@ -11,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -95,16 +95,23 @@ class Judge:
         if settings.key_name:
             name_secrets([settings.key_name])
 
-    async def ask(self, messages: Sequence[Mapping[str, Any]], schema: dict[str, Any], name: str) -> Reply:
+    async def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        schema: dict[str, Any],
+        name: str,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Reply:
         """One chat completion as JSON of `schema`, which is called `name` (letters, digits and _).
 
         The text is as the judge wrote it: checking it is the caller's. Raises UselessReply for a truncated, refused or
         empty reply, JudgeRefused where nothing will work as configured, JudgeError for everything else. A request that
-        was cut off is taken to have cost nothing.
+        was cut off is taken to have cost nothing. Once `wanted` says no, the call begins no request any more and is
+        cancelled; one that was sent is waited for, since it is paid.
         """
         spent = _Spent()
         try:
-            completion = await self._completion(self._lane(), self._request(messages, schema, name), spent)
+            completion = await self._completion(self._lane(), self._request(messages, schema, name), spent, wanted)
             reply = self._reply(completion, spent)
         except JudgeError as error:
             if not isinstance(error, UselessReply):
@@ -159,11 +166,13 @@ class Judge:
             request["reasoning_effort"] = settings.reasoning_effort
         return request
 
-    async def _completion(self, lane: _Lane, request: dict[str, Any], spent: _Spent) -> Completion:
+    async def _completion(
+        self, lane: _Lane, request: dict[str, Any], spent: _Spent, wanted: Callable[[], bool]
+    ) -> Completion:
         """Send the request until it is answered. Raises JudgeError."""
         attempts = self.settings.attempts
         for number in range(1, attempts + 1):
-            await self._enter(lane)
+            await self._enter(lane, wanted)
             began = time.perf_counter()
             spent.attempts += 1
             try:
@@ -190,7 +199,7 @@ class Judge:
 
     def _note(self, fault: Fault, wait: float) -> None:
         """What a failed request means for the other calls. Raises JudgeRefused."""
-        if fault.lost:
+        if fault.lost and not (fault.text and self._answered):  # one answer must not stop the judging of all others
             raise self._refuse(fault.lost)
         if fault.details:
             self._tell(f"judge: {fault.what}: {fault.details}", once=fault.what)
@@ -199,9 +208,11 @@ class Judge:
 
     # who may ask
 
-    async def _enter(self, lane: _Lane) -> None:
+    async def _enter(self, lane: _Lane, wanted: Callable[[], bool]) -> None:
         """Wait until no pause is on, the money reaches and a slot is free. During a pause no slot is held."""
         while True:
+            if not wanted():
+                raise asyncio.CancelledError
             if (pause := self._pause()) > 0:  # a little later than told, and not all at once
                 await asyncio.sleep(pause + random.uniform(0, min(1.0, 0.1 * pause)))
                 continue
@@ -212,7 +223,7 @@ class Judge:
             await lane.slots.acquire()
             free = False
             try:
-                free = self._pause() <= 0 and self._affordable()
+                free = wanted() and self._pause() <= 0 and self._affordable()
             finally:
                 if not free:
                     lane.slots.release()

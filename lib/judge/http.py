@@ -56,10 +56,18 @@ class Fault(Exception):
     """One HTTP request that gave no completion."""
 
     def __init__(
-        self, what: str, retried: bool = False, lost: str = "", pause: float | None = None, details: str = ""
+        self,
+        what: str,
+        retried: bool = False,
+        lost: str = "",
+        pause: float | None = None,
+        details: str = "",
+        text: bool = False,
     ) -> None:
         super().__init__(what)
         self.what, self.retried, self.details = what, retried, details
+        self.text = text
+        """Whether it may be the text that was sent: a gateway's moderation answers 403, some name it in a 400."""
         self.lost = lost
         """Why no request will ever succeed; "" = one may."""
         self.pause = pause
@@ -91,7 +99,8 @@ def _status_fault(error: openai.APIStatusError, settings: JudgeSettings) -> Faul
     status, text, words = error.status_code, error.response.text, _words(error)
     what = f"HTTP {status}"
     if status in HOPELESS or (status < 500 and _HOPELESS_WORDS.search(text)):
-        return Fault(what, lost=f"{what} from {settings.endpoint}: {words}. {_advice(status, settings)}")
+        lost = f"{what} from {settings.endpoint}: {words}. {_advice(status, settings)}"
+        return Fault(what, lost=lost, details=words, text=status in (400, 403))
     pause = retry_after(error.response.headers, text)
     if status in RETRIED or status >= 500:
         return Fault(what, retried=True, pause=pause or 0.0 if status == 429 else pause, details=words)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lib.attacks import Attack, attacks, gold_text, other_golds
 from lib.generate import scripted
 from lib.preflight.answers import find_rows
-from lib.rollout import attempt, submit
+from lib.rollout import attempt, finish
 from lib.task import Row, Score, Task
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _score_all(task: Task, asked: Sequence[tuple[Row, Attack]]) -> list[Score]:
         played = await asyncio.gather(*(attempt(task, row, scripted(one.text)) for row, one in asked))
         return [scored.score for scored in played]
 
-    return submit(play()).result()
+    return finish(play())
 
 
 def _yardstick(

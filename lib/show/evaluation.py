@@ -29,7 +29,7 @@ _FLATTERED = (
 
 
 def summaries(policies: Sequence[Summary]) -> None:
-    """One line a policy: mean reward with its interval, valid share, parts."""
+    """One line a policy: mean reward with its interval, valid share, parts (of `kind/name` parts see the gains)."""
     table(
         {
             "policy": s.policy,
@@ -38,7 +38,7 @@ def summaries(policies: Sequence[Summary]) -> None:
             "valid": f"{s.valid:.1%}",
             "reward, invalid = 0": f"{s.reward_with_invalid:.3f}",
             "unscored": s.unscored,
-            **{name: value for name, value in s.parts.items() if name != "valid"},
+            **{name: value for name, value in s.parts.items() if name != "valid" and "/" not in name},
         }
         for s in policies
     )
