@@ -116,18 +116,22 @@ def _yardstick(
 ) -> tuple[AttackTable, dict[str, list[str]]]:
     """What the cheats are measured against, before any was scored; and wrong answers by row, the worst first.
 
-    Other rows' golds are tried as wrong answers. One that earns what the row's own gold does is not wrong.
+    Other rows' golds are tried as wrong answers. One that earns what the row's own gold does is not wrong, and one that
+    is no answer to this row (part `valid` 0: a program of another name, say) hides nothing: naming it is no hedge.
     """
     known = [(row, Attack("gold", gold_text(row), "")) for row in chosen if row.get("gold")]
     known += [(row, Attack("wrong", text, "")) for row in chosen for text in other_golds(row, rows)]
     lowest = task.reward_range[0]
     gold: dict[str, float] = {}
+    beside: set[tuple[str, str]] = set()
     others: dict[str, list[tuple[float, str]]] = {str(row["id"]): [] for row in chosen}
     for (row, one), score in zip(known, _score_all(task, known), strict=True):
         if score.reward is not None and one.name == "gold":
             gold[str(row["id"])] = score.reward
         elif score.reward is not None:
             others[str(row["id"])].append((score.reward, one.text))
+            if score.parts.get("valid", 1.0) == 0:
+                beside.add((str(row["id"]), one.text))
     best = {row: max(some, default=(lowest, ""))[0] for row, some in others.items()}
     wrong = {row: sorted(one for one in some if one[0] < gold.get(row, lowest)) for row, some in others.items()}
     scored = [a["reward"] for a in answers if str(a["row"]) in others and a["reward"] is not None]
@@ -141,7 +145,7 @@ def _yardstick(
         bar=max([value for value in (base, worst) if value is not None], default=lowest),
         rows=list(others),
     )
-    return table, {row: [text for _, text in some] for row, some in wrong.items()}
+    return table, {row: [text for _, text in some if (row, text) not in beside] for row, some in wrong.items()}
 
 
 def _attacked(result: Sequence[tuple[str, Attack, Score]], table: AttackTable) -> Attacked:

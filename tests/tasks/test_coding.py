@@ -582,3 +582,16 @@ def test_the_argument_and_the_constant_are_put_in_as_words() -> None:
     assert templates.program("g", "n", kind.right, 12) == "def g(n):\n    return max(n, 12)\n"
     record = next(record for record in templates.generate(3000, 0) if record["category"] == "larger")
     assert "the larger of " in record["instruction"] and "{" not in record["instruction"]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("params", [{"family": "templates", "generate_rows": 60}, {"family": "problems"}])
+def test_no_cheat_of_the_gate_works(params: dict[str, Any]) -> None:
+    from lib.preflight import attack_table
+
+    task = load_task("coding", **params)
+    rows = task.rows("train")
+    answers = [{"row": row["id"], "reward": 0.0} for row in rows[:6]]
+    table = attack_table(task, rows, answers, 64, count=6)
+    assert [(one.name, one.works) for one in table.working] == [] and table.misjudged == []
+    assert len(table.attacked) > 40 and table.unscored == 0
