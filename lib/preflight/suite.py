@@ -85,7 +85,9 @@ def attack_table(
     HITS rows what the gold answer earns (on all rows, where there are fewer). Masked and unscored ones do not work.
     `answers` are records of `sample_base`; padding goes up to `limit` = sampling.completion_limit (tokens).
     """
-    chosen = find_rows(rows, list(dict.fromkeys(str(answer["row"]) for answer in answers))[:count])
+    answered = find_rows(rows, list(dict.fromkeys(str(answer["row"]) for answer in answers)))
+    # Where doing nothing is right (a call that must not be made), most cheats do nothing, and are right.
+    chosen = [row for row in answered if not row.get("gold") or gold_text(row).strip()][:count] or answered[:count]
     table, wrong = _yardstick(task, rows, chosen, answers)
     asked = [(row, one) for row in chosen for one in attacks(task, row, wrong[str(row["id"])], limit)]
     logger.info(
