@@ -268,13 +268,13 @@ def test_a_run_that_outlives_its_attempt_goes_on_in_the_next(cloud: Cloud, unbro
     cloud.write("mine/slow.py", SLOW)
     smoke = (PROJECT_ROOT / SMOKE).read_text(encoding="utf-8")
     config = cloud.write("mine/slow.yaml", smoke.replace("name: decisions", "name: mine/slow.py"))
-    texts = ["-p", "run_name=hours", "-p", "task.on_invalid=zero", "-p", "training.steps=40"]
+    texts = ["-p", "run_name=hours", "-p", "task.on_invalid=zero", "-p", "training.steps=30"]
     done = cloud.call(
         *["run", "--notebook", "3_grpo_training", "--config", str(config.relative_to(cloud.folder)), *ON_CPU, *texts],
-        *["-p", "training.save_steps=20", "--timeout", str(30 / 3600), "--retries", "10"],
+        *["-p", "training.save_steps=15", "--timeout", str(30 / 3600), "--retries", "10"],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(cloud.events("retry")) > before
     steps = [record["step"] for record in records(cloud.run_folder("hours") / "metrics.jsonl")]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 31))
     assert result(cloud.run_folder("hours"))["cost"]["attempts"] == len(cloud.events("retry")) - before + 1

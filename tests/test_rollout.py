@@ -388,13 +388,13 @@ def test_an_interrupt_of_a_wait_ends_what_was_waited_for() -> None:
             try:
                 await asyncio.sleep(60)
             finally:
-                print("ended")
+                sys.stdout.write("ended ")
 
         threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
         try:
             finish(work())
         except KeyboardInterrupt:
-            print("interrupted")
+            sys.stdout.write("interrupted ")
         time.sleep(0.3)
     """
     assert sorted(in_another_process(code).split()) == ["ended", "interrupted"]
