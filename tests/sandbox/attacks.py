@@ -204,7 +204,7 @@ HARM = {
     "passwd": _harm("open('/etc/passwd').read()"),
     "shadow": _harm("open('/etc/shadow').read()"),
     "home": _harm("[n for d in ('/root', '/home') for n in os.listdir(d) if f'{d}/{n}' not in sys.base_prefix]"),
-    "project": _harm(f"os.path.exists({str(PROJECT_ROOT)!r}) or os.path.exists({str(PROJECT_ROOT.parent)!r})"),
+    "project": _harm(f"os.path.exists({str(PROJECT_ROOT)!r})"),
     "list_root": _harm("set(os.listdir('/')) - {'usr', 'lib', 'lib64', 'lib32', 'bin', 'tmp', 'dev', 'etc', 'root', 'home', "
                        "'workbench.zip', sys.base_prefix.split('/')[1]}"),
     "proc_environ": _harm("open('/proc/1/environ').read()"),
