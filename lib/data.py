@@ -42,6 +42,7 @@ from lib.tables import (
 from lib.task import Message, Rollout, Row, Score, Split, Task, TaskError, nearest
 
 __all__ = [
+    "ChosenRows",
     "CsvTable",
     "JsonlTable",
     "ListTable",
@@ -227,14 +228,14 @@ class _Data:
         return map(self._at, self._used)
 
     def split(self, split: Split) -> Sequence[Row]:
-        return _LazyRows(self, self._splits[split])
+        return ChosenRows(self.at, self._splits[split])
 
 
-class _LazyRows(Sequence[Row]):
-    """The rows at some places of the tables, made when they are asked for."""
+class ChosenRows(Sequence[Row]):
+    """The rows that `at` gives for some numbers, made when they are asked for."""
 
-    def __init__(self, data: _Data, numbers: array[int]) -> None:
-        self._data, self._numbers = data, numbers
+    def __init__(self, at: Callable[[int], Row], numbers: Sequence[int]) -> None:
+        self._at, self._numbers = at, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -245,8 +246,8 @@ class _LazyRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> Sequence[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         if isinstance(index, slice):
-            return _LazyRows(self._data, self._numbers[index])
-        return self._data.at(self._numbers[index])
+            return ChosenRows(self._at, self._numbers[index])
+        return self._at(self._numbers[index])
 
 
 def _key(seed: int, identity: str) -> int:

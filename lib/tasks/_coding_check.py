@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, overload
+from typing import Any
 
+from lib.data import ChosenRows
 from lib.task import Row, TaskError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class RowCheck:
                     if self._note(row, reason):
                         kept.append(number)
                 self._progress()
-        return _Chosen(rows, kept)
+        return ChosenRows(rows.__getitem__, kept)
 
     async def _try(self, rows: Sequence[Row]) -> list[str]:
         return await asyncio.gather(*map(self._unusable, rows))
@@ -81,25 +82,3 @@ class RowCheck:
                 f"no rows left: all {self._total} were left out, for the reasons above. "
                 "A reference must earn 1 and a stub 0 in the sandbox: look at the tests, or raise task.sandbox.limits"
             )
-
-
-class _Chosen(Sequence[Row]):
-    """Some of the rows of another sequence."""
-
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]) -> None:
-        self._rows, self._numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        if isinstance(index, slice):
-            return _Chosen(self._rows, self._numbers[index])
-        return self._rows[self._numbers[index]]
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self._rows[number] for number in self._numbers)
