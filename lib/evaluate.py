@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import WorkbenchError, models
-from lib.config import Config, resolve_path
+from lib.config import Config
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
 from lib.log import scrub
 from lib.paired import Gain, Summary, compare, summarize
+from lib.places import locate
 from lib.rollout import BatchGenerate, check_unscored, collect
 from lib.runfolder import (
     Run,
@@ -176,7 +177,7 @@ def where_runs_differ(config: Config) -> dict[str, dict[str, Any]]:
 def held_out_rows(config: Config, run: Run) -> Sequence[Row]:
     """The rows to evaluate on: evaluation.prompts, or the run's held-out rows; the first evaluation.rows of them."""
     if config.evaluation.prompts:
-        path = resolve_path(config.evaluation.prompts)
+        path = locate(config.evaluation.prompts)
         if not path.is_file():
             raise RunError(f"evaluation.prompts: {path} is not a file; give a JSONL file of rows {{id, prompt, ...}}")
         rows: Sequence[Row] = JsonlTable(path)
@@ -192,7 +193,7 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
         return [base, *_named_policies(config, run)]
     named = config.evaluation.adapter or config.evaluation.model
     if named:
-        path = str(resolve_path(named)) if resolve_path(named).is_dir() else named
+        path = str(locate(named)) if locate(named).is_dir() else named
         name = Path(named).name
         return [base, Policy("given" if name == BASE else name, path, bool(config.evaluation.adapter))]
     is_adapter = config.lora.enabled
@@ -229,7 +230,7 @@ def _named_policies(config: Config, run: Run) -> list[Policy]:
 
 
 def _read_named(config: Config, name: str) -> Run:
-    outputs = resolve_path(config.paths.outputs)
+    outputs = locate(config.paths.outputs)
     known = [path.parent.name for path in outputs.glob("*/config.json")]
     if name not in known:
         raise RunError(f"there is no such run in {outputs}.{nearest(name, known)}")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel
 
+from lib.judge import http as judge_http
 from lib.ledger import Verdict
 from lib.task import Message
 
@@ -128,8 +129,7 @@ def _content_text(content: Any) -> str:
 
 def sendable(text: str) -> str:
     """Without what cannot be written as UTF-8, and without NULs, which some servers refuse."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins halves that belong together
-    return whole.replace("\0", "\ufffd")
+    return judge_http.sendable(text).replace("\0", "\ufffd")
 
 
 # the reply ------------------------------------------------------------------------------------------------------------

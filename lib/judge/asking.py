@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from lib.cost import Usage, load_prices, record_usage, token_price
 from lib.judge.errors import JudgeError, JudgeRefused, Reply, UselessReply
-from lib.judge.http import Choice, Completion, Fault, Message, Tokens, post
+from lib.judge.http import Choice, Completion, Fault, Message, Tokens, post, sendable
 from lib.judge.settings import JudgeSettings, check_budget, check_key, price_id, retirement_warnings
 from lib.log import name_secrets
 from lib.places import RUN
@@ -339,8 +339,5 @@ def open_judge(settings: JudgeSettings) -> Judge:
 
 
 def _sendable(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with text that can be written as UTF-8: lone halves of surrogate pairs become U+FFFD."""
-    return {
-        key: value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
-        for key, value in message.items()
-    }
+    """The message with text that can be written as UTF-8."""
+    return {key: sendable(value) if isinstance(value, str) else value for key, value in message.items()}

@@ -125,6 +125,11 @@ def _advice(status: int, settings: JudgeSettings) -> str:
     return f"Look at {key}, at the account that it belongs to, and at task.judge"
 
 
+def sendable(text: str) -> str:
+    """A text that can be written as UTF-8: halves of surrogate pairs are joined, lone ones become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def retry_after(headers: Mapping[str, str], text: str = "") -> float | None:
     """Seconds that an answer asks to wait: retry-after-ms, Retry-After (seconds or a date), or Gemini's retryDelay."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
