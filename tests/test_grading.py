@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import FAULTS, JudgeServer, parse_prompt, running_judge
+from judge_server import FAULTS, JudgeServer, parse_prompt
 
 from lib.grading import (
     PROMPT,
@@ -34,19 +34,6 @@ CRITERIA = [
 ]
 ANSWER = "Glue rubber patches over the hole."  # passes the first only, by the server's rule
 CONTENT_FAULTS = [name for name in FAULTS if name not in ("rate_limit", "server_error", "timeout", "reset")]
-
-
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[JudgeServer]:
-    with running_judge() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
-    shared_server.control(reset=True)
-    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    return shared_server
 
 
 def settings(server: JudgeServer, **more: Any) -> JudgeSettings:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import FAULTS, JudgeServer, running_judge, share_of
+from judge_server import FAULTS, JudgeServer, share_of
 
 from lib import PROJECT_ROOT
 from lib.config import load_config
@@ -219,19 +219,6 @@ def test_the_mean_of_perfect_scores_does_not_leave_the_range() -> None:
 
 
 # -- with a judge -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[JudgeServer]:
-    with running_judge() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
-    shared_server.control(reset=True)
-    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    return shared_server
 
 
 def example(server: JudgeServer, ledger: Path, **params: Any) -> Judged:
