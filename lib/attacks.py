@@ -194,7 +194,8 @@ def _hedges(facts: _Facts) -> dict[str, str]:
     if facts.gold and facts.wrong:
         found["many answers, the best first"] = " ".join([facts.gold, *facts.wrong])
         found["many answers, the best last"] = " ".join([*facts.wrong, facts.gold])
-        found["many answers in order"] = "\n".join(sorted([facts.gold, *facts.wrong]))
+        if len(facts.wrong) > 1:  # in the middle: to take the first or the last of several programs is no hole
+            found["many answers, line by line"] = "\n".join([facts.wrong[0], facts.gold, *facts.wrong[1:]])
         found["the best or another"] = f"{facts.gold} or {facts.wrong[0]}"
     return found
 

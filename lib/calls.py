@@ -16,7 +16,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
@@ -104,10 +104,18 @@ class Fault(Exception):
     """One HTTP request that gave no completion."""
 
     def __init__(
-        self, what: str, retried: bool = False, lost: str = "", pause: float | None = None, details: str = ""
+        self,
+        what: str,
+        retried: bool = False,
+        lost: str = "",
+        pause: float | None = None,
+        details: str = "",
+        text: bool = False,
     ) -> None:
         super().__init__(what)
         self.what, self.retried, self.details = what, retried, details
+        self.text = text
+        """Whether it may be the text that was sent: a gateway's moderation answers 403, some name it in a 400."""
         self.lost = lost
         """Why no request will ever succeed; "" = one may."""
         self.pause = pause
@@ -139,7 +147,8 @@ def _status_fault(error: openai.APIStatusError, to: Service) -> Fault:
     status, text, words = error.status_code, error.response.text, _words(error)
     what = f"HTTP {status}"
     if status in HOPELESS or (status < 500 and _HOPELESS_WORDS.search(text)):
-        return Fault(what, lost=f"{what} from {to.base_url}: {words}. {_advice(status, to)}")
+        lost = f"{what} from {to.base_url}: {words}. {_advice(status, to)}"
+        return Fault(what, lost=lost, details=words, text=status in (400, 403))
     pause = retry_after(error.response.headers, text)
     if status in RETRIED or status >= 500:
         return Fault(what, retried=True, pause=pause or 0.0 if status == 429 else pause, details=words)
@@ -215,11 +224,16 @@ class Caller:
         if service.key:
             name_secrets([service.key])
 
-    async def complete(self, request: dict[str, Any], spent: Spent) -> Completion:
-        """Send the request until it is answered. Raises `failed`, or `refused` where nothing will ever work."""
+    async def complete(
+        self, request: dict[str, Any], spent: Spent, wanted: Callable[[], bool] = lambda: True
+    ) -> Completion:
+        """Send the request until it is answered. Raises `failed`, or `refused` where nothing will ever work.
+
+        Once `wanted` says no, no request is begun any more and the call is cancelled; one that was sent is waited for.
+        """
         lane, to = self._lane(), self.service
         for number in range(1, to.attempts + 1):
-            await self._enter(lane)
+            await self._enter(lane, wanted)
             began = time.perf_counter()
             spent.attempts += 1
             try:
@@ -268,16 +282,18 @@ class Caller:
 
     def _note(self, fault: Fault, wait: float) -> None:
         """What a failed request means for the other calls. Raises `refused`."""
-        if fault.lost:
+        if fault.lost and not (fault.text and self._answered):  # one text must not stop all others
             raise self._refuse(fault.lost)
         if fault.details:
             self.tell(f"{self.service.name}: {fault.what}: {fault.details}", once=fault.what)
         if fault.pause is not None:
             self._closed_until = max(self._closed_until, time.monotonic() + (fault.pause or wait))
 
-    async def _enter(self, lane: _Lane) -> None:
+    async def _enter(self, lane: _Lane, wanted: Callable[[], bool]) -> None:
         """Wait until no pause is on, the call is affordable and a slot is free. During a pause no slot is held."""
         while True:
+            if not wanted():
+                raise asyncio.CancelledError
             if (pause := self._pause()) > 0:  # a little later than told, and not all at once
                 await asyncio.sleep(pause + random.uniform(0, min(1.0, 0.1 * pause)))
                 continue
@@ -288,7 +304,7 @@ class Caller:
             await lane.slots.acquire()
             free = False
             try:
-                free = self._pause() <= 0 and self.affordable()
+                free = wanted() and self._pause() <= 0 and self.affordable()
             finally:
                 if not free:
                     lane.slots.release()
@@ -316,9 +332,11 @@ class Caller:
         return self.refused(self._refusal)
 
 
-def sendable(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with text that can be written as UTF-8: lone halves of surrogate pairs become U+FFFD."""
-    return {
-        key: value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
-        for key, value in message.items()
-    }
+def sendable(text: str) -> str:
+    """A text that can be written as UTF-8: halves of surrogate pairs are joined, lone ones become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def sendable_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with texts that can be written as UTF-8."""
+    return {key: sendable(value) if isinstance(value, str) else value for key, value in message.items()}

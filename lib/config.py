@@ -25,8 +25,6 @@ from lib.task import describe_invalid, nearest
 
 SCHEMA = 1
 
-resolve_path = locate
-
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -391,7 +389,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
             f"With plain papermill: "
             f"-y 'overrides: {{training.steps: 2}}'"
         )
-    values = _read_yaml(resolve_path(path))
+    values = _read_yaml(locate(path))
     for key, value in (overrides or {}).items():
         _set(values, str(key).split("."), copy.deepcopy(value))
     return parse_config(values, where=str(path))

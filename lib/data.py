@@ -39,9 +39,10 @@ from lib.tables import (
     table_files,
     write_csv,
 )
-from lib.task import Message, Rollout, Row, Score, Split, Task, TaskError
+from lib.task import Message, Rollout, Row, Score, Split, Task, TaskError, nearest
 
 __all__ = [
+    "ChosenRows",
     "CsvTable",
     "JsonlTable",
     "ListTable",
@@ -66,6 +67,8 @@ class RowsTask(Task, frozen=True):
 
     stratified: ClassVar[bool] = False
     """Whether both sides of the split hold the same mixture of the tables."""
+    read_columns: ClassVar[tuple[str, ...]] = ()
+    """The columns that the task reads, by our names; () = it takes whatever there is."""
 
     path: str = ""
     """A file (.csv, .jsonl, .json, .parquet) or a folder of them, relative to the project root."""
@@ -86,6 +89,16 @@ class RowsTask(Task, frozen=True):
     def _one_source(self) -> Self:
         if self.path and self.dataset:
             raise ValueError(f"path ({self.path}) and dataset ({self.dataset}) are both set: keep one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _maps_what_is_read(self) -> Self:
+        for name in self.columns:
+            if self.read_columns and name not in self.read_columns:
+                raise ValueError(
+                    f"columns.{name}: no column of that name is read; it is our name before the colon, and the table's "
+                    f"after it.{nearest(name, self.read_columns)}"
+                )
         return self
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
@@ -215,14 +228,14 @@ class _Data:
         return map(self._at, self._used)
 
     def split(self, split: Split) -> Sequence[Row]:
-        return _LazyRows(self, self._splits[split])
+        return ChosenRows(self.at, self._splits[split])
 
 
-class _LazyRows(Sequence[Row]):
-    """The rows at some places of the tables, made when they are asked for."""
+class ChosenRows(Sequence[Row]):
+    """The rows that `at` gives for some numbers, made when they are asked for."""
 
-    def __init__(self, data: _Data, numbers: array[int]) -> None:
-        self._data, self._numbers = data, numbers
+    def __init__(self, at: Callable[[int], Row], numbers: Sequence[int]) -> None:
+        self._at, self._numbers = at, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -233,8 +246,8 @@ class _LazyRows(Sequence[Row]):
     def __getitem__(self, index: slice) -> Sequence[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         if isinstance(index, slice):
-            return _LazyRows(self._data, self._numbers[index])
-        return self._data.at(self._numbers[index])
+            return ChosenRows(self._at, self._numbers[index])
+        return self._at(self._numbers[index])
 
 
 def _key(seed: int, identity: str) -> int:

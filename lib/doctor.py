@@ -62,6 +62,7 @@ def report(lock: Path | None = None, full: bool = False) -> list[Finding]:
     accelerator: Accelerator = _accelerator(gpus)
     lock = lock or REQUIREMENTS / f"{accelerator}.lock"
     findings = [*_system(accelerator), *_nvidia(gpus, accelerator), *_packages(lock), _attention(gpus, accelerator)]
+    findings.append(_sandbox())
     return [*findings, *_torch(gpus)] if full else findings
 
 
@@ -242,6 +243,33 @@ def _attention(gpus: Sequence[Gpu], accelerator: Accelerator) -> Finding:
     return Finding(
         "attention", "sdpa (flash-attn is not installed; it is optional)", "FLASH_ATTENTION=1 make setup   (needs nvcc)"
     )
+
+
+_ASK_SANDBOX = """
+import json, sys
+from lib.sandbox import SandboxError, self_test
+try: found = self_test()
+except SandboxError as error: sys.exit(f"refused: {error}")
+print(json.dumps([found.backend, len(found.checks), found.seconds, found.reason]))
+"""
+
+
+def _sandbox() -> Finding:
+    """What isolates untrusted programs, asked in a process of its own; only the task `coding` needs it."""
+    command = [sys.executable, "-c", _ASK_SANDBOX]
+    try:
+        done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding("sandbox", "its self-test did not end within 120 s", "only the task coding needs it")
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        if not reason.startswith("refused: "):
+            return Finding("sandbox", "not asked: the packages are not installed", "make setup")
+        found, _, remedy = reason.removeprefix("refused: ").partition(". ")
+        return Finding("sandbox", found, f"{remedy} (only the task coding needs it)")
+    backend, checks, seconds, why = json.loads(done.stdout.splitlines()[-1])
+    note = "" if why == "the first choice" else f"; {why}"
+    return Finding("sandbox", f"{backend}, {checks} checks passed in {seconds:.1f} s{note}")
 
 
 _ASK_TORCH = """

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from lib.calls import Caller, CallError, CallRefused, Choice, Completion, Service, Spent, sendable
+from lib.calls import Caller, CallError, CallRefused, Choice, Completion, Service, Spent, sendable_message
 from lib.config import EndpointSection, EvaluationSection
 from lib.judge.settings import takes_temperature
 from lib.task import Message, Turn
@@ -122,7 +122,7 @@ def wire_messages(messages: Sequence[Message]) -> list[Message]:
     sent: list[Message] = []
     waiting: list[str] = []  # ids of calls whose results are still to come
     for number, message in enumerate(messages):
-        one = sendable({key: value for key, value in message.items() if key in _SENT})
+        one = sendable_message({key: value for key, value in message.items() if key in _SENT})
         if one.get("tool_calls"):
             one["tool_calls"] = [_wire_call(call, f"call_{number}_{i}") for i, call in enumerate(one["tool_calls"])]
             waiting = [call["id"] for call in one["tool_calls"]]
@@ -183,7 +183,7 @@ def _message(choice: Choice) -> Message:
         message["thinking"] = thinking
     if said.tool_calls:
         message["tool_calls"] = _tool_calls(said.tool_calls)
-    return sendable(message)
+    return sendable_message(message)
 
 
 def _tool_calls(given: Any) -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from lib import WorkbenchError, models
 from lib.answering import answer_rows, answer_there, keep_records
-from lib.config import Config, resolve_path
+from lib.config import Config
 from lib.endpoint import sampling_sent
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
-from lib.paired import Gain, PassAt, Summary, compare, pass_at, summarize
+from lib.paired import Gain, Summary, compare, pass_at_k, summarize
+from lib.places import locate
 from lib.runfolder import (
     Run,
     RunError,
@@ -68,7 +69,7 @@ class Comparison(NamedTuple):
     """Where evaluation.runs names runs: the config keys in which they differ, by run, the best sampled reward first."""
     over_runner_up: Gain | None
     """The best run's sampled answers against the second best's; chosen on these very rows, so it flatters the best."""
-    pass_at: dict[str, list[PassAt]]
+    pass_at: dict[str, dict[int, Gain]]
     """Of sampled answers, by label; empty lists where the task has no part `solved`."""
 
 
@@ -119,7 +120,7 @@ def compare_policies(records: dict[str, list[dict[str, Any]]], final: str, lowes
         final=final,
         settings={},
         over_runner_up=None,
-        pass_at={label: pass_at(some) for label, some in records.items() if label.endswith(" sampled")},
+        pass_at={label: pass_at_k(some) for label, some in records.items() if label.endswith(" sampled")},
     )
 
 
@@ -155,7 +156,7 @@ def where_runs_differ(config: Config) -> dict[str, dict[str, Any]]:
 def held_out_rows(config: Config, run: Run) -> Sequence[Row]:
     """The rows to evaluate on: evaluation.prompts, or the run's held-out rows; the first evaluation.rows of them."""
     if config.evaluation.prompts:
-        path = resolve_path(config.evaluation.prompts)
+        path = locate(config.evaluation.prompts)
         if not path.is_file():
             raise RunError(f"evaluation.prompts: {path} is not a file; give a JSONL file of rows {{id, prompt, ...}}")
         rows: Sequence[Row] = JsonlTable(path)
@@ -176,7 +177,7 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
         return [base, behind_url] if endpoint.beside_base else [behind_url]
     named = config.evaluation.adapter or config.evaluation.model
     if named:
-        path = str(resolve_path(named)) if resolve_path(named).is_dir() else named
+        path = str(locate(named)) if locate(named).is_dir() else named
         name = Path(named).name
         return [base, Policy("given" if name == BASE else name, path, bool(config.evaluation.adapter))]
     is_adapter = config.lora.enabled
@@ -213,7 +214,7 @@ def _named_policies(config: Config, run: Run) -> list[Policy]:
 
 
 def _read_named(config: Config, name: str) -> Run:
-    outputs = resolve_path(config.paths.outputs)
+    outputs = locate(config.paths.outputs)
     known = [path.parent.name for path in outputs.glob("*/config.json")]
     if name not in known:
         raise RunError(f"there is no such run in {outputs}.{nearest(name, known)}")
@@ -382,7 +383,9 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
             "final": comparison.final,
             "settings": comparison.settings,
             "over_runner_up": best._asdict() if best else None,
-            "pass_at": {label: [one._asdict() for one in some] for label, some in comparison.pass_at.items()},
+            "pass_at": {
+                label: {str(k): one._asdict() for k, one in some.items()} for label, some in comparison.pass_at.items()
+            },
         }
     )
     return values

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import WorkbenchError
-from lib.config import Config, LoraSection, ModelSection, resolve_path
+from lib.config import Config, LoraSection, ModelSection
+from lib.places import locate
 from lib.task import Row
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ class ModelError(WorkbenchError, RuntimeError):
 def resolve_model(config: Config, rows: Sequence[Row]) -> str:
     """The Hugging Face id or folder of the base policy; makes (or finds) the starter policy where that is asked for."""
     if config.model.name != STARTER:
-        local = resolve_path(config.model.name)
+        local = locate(config.model.name)
         return str(local) if local.is_dir() else config.model.name
     from lib.starter import starter_path
 
     seed = config.training.seed if config.starter.seed is None else config.starter.seed
-    cache = resolve_path(config.paths.cache) / "starter"
+    cache = locate(config.paths.cache) / "starter"
     return str(starter_path(rows, cache, kind=config.starter.kind, steps=config.starter.steps, seed=seed))
 
 

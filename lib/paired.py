@@ -58,46 +58,6 @@ class Summary(NamedTuple):
     parts: dict[str, float]
 
 
-class PassAt(NamedTuple):
-    """The chance that at least one of k sampled answers solves a row, over rows."""
-
-    k: int
-    mean: float
-    low: float
-    high: float
-    """95 % bootstrap interval over rows."""
-    n: int
-    """Rows with at least k scored answers."""
-
-
-def pass_at(records: Sequence[Mapping[str, Any]], seed: int = 0) -> list[PassAt]:
-    """pass@k for k = 1, 2, 4, ... and the most answers that a row has; [] without a part `solved`.
-
-    The unbiased estimate of Chen et al. 2021 (arXiv:2107.03374): 1 - C(n - c, k) / C(n, k) with c of n answers right.
-    A masked answer solves nothing; an unscored one is left out.
-    """
-    import numpy as np
-
-    solved: dict[str, list[bool]] = {}
-    for record in records:
-        value = 0.0 if record["masked"] else record["parts"].get("solved")
-        if value is not None and (record["reward"] is not None or record["masked"]):
-            solved.setdefault(record["row"], []).append(value >= 1)
-    if not any("solved" in record["parts"] for record in records):
-        return []
-    most = max(map(len, solved.values()), default=0)
-    found = []
-    for k in sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} - {0})):
-        chances = [_chance(len(some), sum(some), k) for some in solved.values() if len(some) >= k]
-        low, high = interval(np.asarray(chances), seed)
-        found.append(PassAt(k, _mean(chances), low, high, len(chances)))
-    return found
-
-
-def _chance(answers: int, right: int, k: int) -> float:
-    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
-
-
 def row_rewards(records: Iterable[Mapping[str, Any]], part: str = "reward") -> dict[str, float | None]:
     """One number per row: the mean over its samples of the reward, or of a part; None where nothing was scored."""
     values: dict[str, list[float]] = {}
@@ -170,6 +130,36 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
         unscored=len(records) - len(judged),
         parts={name: _mean([v for v in row_rewards(records, name).values() if v is not None]) for name in parts},
     )
+
+
+def pass_at_k(records: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[int, Gain]:
+    """By k = 1, 2, 4, ... and the most that a row has: the chance that one of k answers solves a row, over rows.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of a row with c of n answers right (part `solved`; Chen et al. 2021,
+    arXiv 2107.03374), averaged over rows, with its interval. A masked answer solves nothing, an unscored one is no try;
+    a row needs k tries. {} where no answer has the part.
+    """
+    tries: dict[str, list[bool]] = {}
+    named = False
+    for record in records:
+        solved = record["parts"].get("solved")
+        named |= solved is not None
+        kept = tries.setdefault(record["row"], [])
+        if record["masked"] or (solved is not None and record["reward"] is not None):
+            kept.append(bool(solved) and not record["masked"])
+    most = max(map(len, tries.values()), default=0) if named else 0
+    counts = sorted({2**power for power in range(most.bit_length())} | {most}) if most else []
+    return {k: _pass_at(tries, k, seed) for k in counts}
+
+
+def _pass_at(tries: Mapping[str, Sequence[bool]], k: int, seed: int) -> Gain:
+    import numpy as np
+
+    chances = [1.0 - math.comb(len(t) - sum(t), k) / math.comb(len(t), k) for t in tries.values() if len(t) >= k]
+    values = np.array(chances)
+    low, high = interval(values, seed)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Gain(float(values.mean()), low, high, len(values), len(tries) - len(values), _POWER * error)
 
 
 def by_category(

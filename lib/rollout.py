@@ -132,6 +132,16 @@ def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
     return asyncio.run_coroutine_threadsafe(work, background_loop())
 
 
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine gives that runs on the background loop. Whoever interrupts the wait ends the work as well."""
+    future = submit(work)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
 @cache
 def background_loop() -> asyncio.AbstractEventLoop:
     """The loop that all async task code of this process shares (a client reused on a second loop fails)."""

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
-from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, parse_config, resolve_path
+from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, parse_config
 from lib.cost import Bill, read_bill
 from lib.log import scrub, start_logging
-from lib.places import RUN
+from lib.places import RUN, locate
 from lib.tables import JsonlTable
 from lib.task import Row, Split
 
@@ -38,6 +38,9 @@ LOGS = ("rollouts.jsonl", "metrics.jsonl")
 
 LOCK = "WORKBENCH_LOCK"
 """Environment variable of a container: the lock hash of the machine that started it."""
+
+JUDGE_LIMITS = ("budget_usd", "concurrency", "timeout", "attempts", "key")
+"""Keys of `task.judge` that say how a judge is reached and what it may cost: no verdict depends on them."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -222,7 +225,7 @@ class Run:
 
     def _sections(self, sections: Sequence[str]) -> dict[str, Any]:
         config = self.config.as_json()
-        return {section: config[section] for section in sections}
+        return _deciding({section: config[section] for section in sections})
 
     def _stage(self, stage: str) -> dict[str, Any] | None:
         path = self.folder / "stages" / f"{stage}.json"
@@ -247,7 +250,7 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
     Refuses another config than its stages were begun with, a newer schema, and an unwritable folder.
     """
     name = check_name(name or default_name(default))
-    folder = resolve_path(config.paths.outputs) / name
+    folder = locate(config.paths.outputs) / name
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, config)
@@ -273,7 +276,7 @@ def default_name(config_path: str | Path) -> str:
     """A run's name from its config's path: configs/smoke/decisions.yaml -> smoke-decisions."""
     if not str(config_path):
         raise RunError("the run has no name: give run_name, or the config that it should be named after")
-    path = Path(os.path.normpath(resolve_path(config_path))).with_suffix("")
+    path = Path(os.path.normpath(locate(config_path))).with_suffix("")
     configs = PROJECT_ROOT / "configs"
     name = "-".join(path.relative_to(configs).parts) if path.is_relative_to(configs) else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
@@ -281,7 +284,7 @@ def default_name(config_path: str | Path) -> str:
 
 def read_run(folder: str | Path) -> Run:
     """An existing run, with the config that it was made with."""
-    folder = resolve_path(folder)
+    folder = locate(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise RunError(f"{folder} is not a run folder: it has no config.json")
@@ -305,7 +308,7 @@ def hash_file(path: Path) -> str:
 def task_file_hash(config: Config) -> dict[str, str]:
     """A user's own task file and its hash, as an input of every stage that scores; {} for the shipped tasks."""
     name = config.task.name
-    return {name: hash_file(resolve_path(name))} if name.endswith(".py") else {}
+    return {name: hash_file(locate(name))} if name.endswith(".py") else {}
 
 
 def weights_hash(path: str) -> str:
@@ -318,7 +321,7 @@ def base_hash(config: Config) -> dict[str, str]:
     """The base policy as an input: the weights of a local folder, or the seed that the starter is made from."""
     if config.model.name == "starter":
         return {"starter seed": str(config.training.seed)} if config.starter.seed is None else {}
-    folder = resolve_path(config.model.name)
+    folder = locate(config.model.name)
     return {config.model.name: weights_hash(str(folder))} if folder.is_dir() else {}
 
 
@@ -480,11 +483,9 @@ def _record_provenance(run: Run) -> None:
         return
     known = json.loads(path.read_text())
     if known["code"].get("commit") != now["code"]["commit"] or known["code"].get("diff") != now["code"]["diff"]:
-        logger.warning(
-            "the code changed since this run was made (%s then, %s now)",
-            known["code"].get("commit"),
-            now["code"]["commit"],
-        )
+        then, here = known["code"].get("commit"), now["code"]["commit"]
+        what = f"{then} then, {here} now" if then != here else f"{here} both times, with other changes on top"
+        logger.warning("the code changed since this run was made (%s)", what)
 
 
 def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,7 +494,18 @@ def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
         today = parse_config(key["config"]).as_json()
     except ConfigError:
         return dict(key)
-    return {**key, "config": {section: today[section] for section in key["config"]}}
+    return {**key, "config": _deciding({section: today[section] for section in key["config"]})}
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what decides nothing that a stage produces: a raised budget must not make it another run."""
+    task = config.get("task")
+    judge = task.get("judge") if isinstance(task, dict) else None
+    if not isinstance(task, dict) or not isinstance(judge, dict):
+        return config
+    kept = {name: value for name, value in judge.items() if name not in JUDGE_LIMITS}
+    rest = {name: value for name, value in task.items() if name != "judge"}
+    return {**config, "task": {**rest, **({"judge": kept} if kept else {})}}
 
 
 def _differences(known: Any, now: Any, where: str = "") -> list[str]:

@@ -229,13 +229,24 @@ class JsonlTable(FileTable):
             return _object(_DECODER.decode(self.text(number)))
         except json.JSONDecodeError as error:
             raise RecordError("", f"not JSON ({error.msg} at column {error.colno})") from None
+        except RecursionError:
+            raise RecordError("", "brackets within brackets, more than can be read") from None
 
 
 def _no_constant(name: str) -> NoReturn:
     raise RecordError("", f"{name} is not JSON; write null, or leave the key out")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`). Raises RecordError for a name that is there twice: which one counts?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RecordError("", f"{twice!r} is there twice in one object: keep one of them")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=no_key_twice)
 
 
 def _object(value: Any) -> Record:

@@ -2,7 +2,7 @@
 # Makes .venv from one complete lock (`make setup`). A second call with nothing changed does nothing.
 #   PYTHON=python3.12      which Python, 3.11 or 3.12    (default: the one .venv was made with, else the first found)
 #   ACCELERATOR=cpu|cuda   which lock                    (default: the one in .venv, else cuda where nvidia-smi lists a GPU)
-#   TESTS=1                also what only the tests need of the system: bubblewrap (`make test` sets it)
+#   TESTS=1                stops where there is no bubblewrap, which the tests and the coding task need (`make test` sets it)
 #   FLASH_ATTENTION=1      on cuda: builds FlashAttention too; where that fails, attention stays at sdpa
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,8 +13,12 @@ stop() { say "$@" >&2; exit 1; }
 # What only the system can give, one line each: is it there? else the Debian package that brings it.
 missing_packages() {
   "$python" -c 'import ensurepip' 2>/dev/null || echo "python${version%.*}-venv"
-  if [ "${TESTS:-0}" = 1 ] && [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null; then echo bubblewrap; fi
+  # Installed where we may; where not, only what needs a sandbox stops.
+  if [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null && { [ "${TESTS:-0}" = 1 ] || may_install; }; then
+    echo bubblewrap
+  fi
 }
+may_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
 
 # Prints version, executable and a digest of the given files; fails unless $1 is a Python that the locks are made for.
 look() {
@@ -53,7 +57,13 @@ done
 { read -r version; read -r python; read -r content; } <<<"$facts"
 made="Python $version, $accelerator, in $PWD"
 
+# `venv --clear` would empty the folder that a link points at: another checkout's, say.
+[ ! -L .venv ] || stop ".venv is a link to $(readlink .venv): remove it, or run make setup there"
+
 missing=$(missing_packages)
+if [ "$(uname)" = Linux ] && ! command -v bwrap >/dev/null && [ -z "$missing" ]; then
+  say "no bubblewrap: the coding task's sandbox wants it (sudo apt-get install bubblewrap); all else runs without"
+fi
 if [ -z "$missing" ] && [ "$had_made" = "$made" ] && [ "$had_content" = "$content" ] && [ "${FLASH_ATTENTION:-0}" = 0 ]; then
   say "ready: .venv (Python $version, $accelerator lock)"
   exit 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cloud import Cloud, cloud_of
+from judge_server import JudgeServer, running_judge
 
 from lib import PROJECT_ROOT
 
@@ -98,3 +99,18 @@ def cloud(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         pytest.skip("bubblewrap is missing or may not make namespaces: apt-get install bubblewrap")
     with cloud_of(shared, tmp_path_factory.mktemp("cloud")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[JudgeServer]:
+    """A judge of its own for every test file that asks one."""
+    with running_judge() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
+    """The judge, well-behaved and with nothing counted; no run."""
+    shared_server.control(reset=True)
+    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
+    return shared_server

@@ -207,7 +207,7 @@ def score_line(text: str, row: Row) -> float:
 
 
 HOLES: dict[str, tuple[Callable[[str, Row], float], set[str]]] = {
-    "contains gold anywhere": (lambda t, r: float(gold(r) in t), {"many answers in order", "the best or another"}),
+    "contains gold anywhere": (lambda t, r: float(gold(r) in t), {"many answers, line by line", "the best or another"}),
     "longest wins": (lambda t, r: min(1.0, len(t) / 200), {"filler up to the limit", "one word up to the limit"}),
     "last number wins": (
         lambda t, r: float(re.findall(r"\d+", t)[-1:] == [gold(r)]),

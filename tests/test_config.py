@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lib import PROJECT_ROOT
-from lib.config import SCHEMA, Config, ConfigError, check_key, load_config, parse_config, resolve_path
+from lib.config import SCHEMA, Config, ConfigError, check_key, load_config, parse_config
+from lib.places import locate
 from lib.task import load_task
 
 NOT_RUNS = ("prices.yaml", "schedule.yaml", "judges.yaml")  # what else lies in configs/
@@ -312,13 +313,13 @@ def test_relative_paths_do_not_depend_on_the_working_directory(tmp_path: Path, m
     here = load_config("configs/decisions.yaml")
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/decisions.yaml") == here
-    assert resolve_path("outputs") == PROJECT_ROOT / "outputs"
+    assert locate("outputs") == PROJECT_ROOT / "outputs"
     assert load_task("decisions", path="configs/examples/decisions.csv").rows("train")
 
 
 def test_absolute_paths_and_the_home_folder_stay_what_they_are() -> None:
-    assert resolve_path("/data/x") == Path("/data/x")
-    assert resolve_path("~/x") == Path.home() / "x"
+    assert locate("/data/x") == Path("/data/x")
+    assert locate("~/x") == Path.home() / "x"
 
 
 # -- check_key --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from lib import calls
 from lib.config import Config, ConfigError, check_key, load_config
 from lib.endpoint import EndpointError, EndpointPolicy, EndpointRefused, sampling_sent, wire_messages
 from lib.evaluate import Comparison, evaluate_run, policies_of
-from lib.paired import pass_at
+from lib.paired import pass_at_k
 from lib.prepare import prepare
 from lib.rollout import UnscoredLimitError, play_each
 from lib.runfolder import RunError, open_run, read_lines
@@ -306,7 +306,7 @@ def test_an_endpoint_alone_is_evaluated_with_k_samples_each_and_pass_at_k(echo: 
     assert held_out == 6 and len(records) == 18 and all(record["reward"] == 1.0 for record in records)
     assert [record["row"] for record in records[:4]] == [records[0]["row"]] * 3 + [records[3]["row"]]
     assert [message["role"] for message in records[0]["messages"]] == ["user", "assistant"] * 2
-    assert [(one.k, one.mean, one.n) for one in comparison.pass_at["someone-model-1 sampled"]] == [
+    assert [(k, one.mean, one.n) for k, one in comparison.pass_at["someone-model-1 sampled"].items()] == [
         (1, 1.0, 6), (2, 1.0, 6), (3, 1.0, 6),
     ]  # fmt: skip
     assert {path.name for path in folder_of(echo).iterdir()} == {
@@ -456,7 +456,7 @@ def answers(row: str, *solved: float | None) -> list[dict[str, Any]]:
 
 def test_pass_at_k_is_the_chance_that_k_drawn_answers_hold_a_right_one() -> None:
     records = [*answers("a", 1, 0, 0, 0), *answers("b", 0, 0, 0, 0), *answers("c", 1, 1, None)]
-    found = {one.k: (one.mean, one.n) for one in pass_at(records)}
+    found = {k: (one.mean, one.n) for k, one in pass_at_k(records).items()}
     assert found[1] == (pytest.approx((1 / 4 + 0 + 1) / 3), 3)
     assert found[2] == (pytest.approx((1 / 2 + 0 + 1) / 3), 3)
     assert found[4] == (pytest.approx(1 / 2), 2) and set(found) == {1, 2, 4}
@@ -464,5 +464,5 @@ def test_pass_at_k_is_the_chance_that_k_drawn_answers_hold_a_right_one() -> None
 
 def test_a_masked_answer_solves_nothing_and_without_the_part_there_is_no_pass_at_k() -> None:
     masked = {"row": "a", "reward": None, "masked": True, "parts": {}}
-    assert [one.mean for one in pass_at([*answers("a", 1), masked])] == [0.5, 1.0]
-    assert pass_at([{"row": "a", "reward": 1.0, "masked": False, "parts": {}}]) == [] and pass_at([]) == []
+    assert [one.mean for one in pass_at_k([*answers("a", 1), masked]).values()] == [0.5, 1.0]
+    assert pass_at_k([{"row": "a", "reward": 1.0, "masked": False, "parts": {}}]) == {} and pass_at_k([]) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import FAULTS, JudgeServer, parse_prompt, running_judge
+from judge_server import FAULTS, JudgeServer, parse_prompt
 
 from lib.grading import (
     PROMPT,
@@ -33,19 +34,6 @@ CRITERIA = [
 ]
 ANSWER = "Glue rubber patches over the hole."  # passes the first only, by the server's rule
 CONTENT_FAULTS = [name for name in FAULTS if name not in ("rate_limit", "server_error", "timeout", "reset")]
-
-
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[JudgeServer]:
-    with running_judge() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
-    shared_server.control(reset=True)
-    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    return shared_server
 
 
 def settings(server: JudgeServer, **more: Any) -> JudgeSettings:
@@ -184,7 +172,6 @@ def test_a_sound_reply_gives_every_verdict_under_the_criterions_own_id() -> None
         ("", "not JSON"),
         ("pass", "not JSON"),
         ('{"verdicts": [{"id": "c1", "reasoning": "", "pa', "not JSON"),
-        ("```json\n" + reply(GOOD_A, GOOD_B) + "\n```", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('{"verdicts": [{"id": "c2", "reasoning": "", "score": NaN}]}', "not JSON"),
         ('{"verdicts": [{"id": "c2", "reasoning": "", "score": ' + "9" * 5000 + "}]}", "not JSON"),
@@ -213,6 +200,11 @@ def test_what_is_no_verdict_is_unknown_with_its_cause(text: str, cause: str) -> 
 @pytest.mark.parametrize("value", ["true", 1, 0, None, [True], {}])
 def test_a_check_is_true_or_false_and_nothing_else(value: Any) -> None:
     assert read_reply(reply({**GOOD_A, "pass": value}), TWO)["a"].verdict == "unknown"
+
+
+def test_a_verdict_that_says_both_is_none() -> None:
+    both = '{"verdicts": [{"id": "c1", "reasoning": "?", "pass": false, "pass": true}]}'
+    assert set(told(read_reply(both, CRITERIA)).values()) == {"unknown"}
 
 
 def test_one_bad_verdict_does_not_spoil_the_others() -> None:
@@ -406,3 +398,44 @@ async def test_two_ledgers_do_not_share_a_call(server: JudgeServer, tmp_path: Pa
     await asyncio.gather(graded(server, tmp_path / "a"), graded(server, tmp_path / "b"))
     assert server.stats()["requests"] == 2
     assert len(open_ledger(str(tmp_path / "b" / "ledger.sqlite"))) == 3
+
+
+async def test_what_nobody_waits_for_any_more_is_not_asked(server: JudgeServer, tmp_path: Path) -> None:
+    server.control(latency=0.3)
+    answers = [f"{ANSWER} {number}" for number in range(6)]
+    waiting = [asyncio.create_task(graded(server, tmp_path, one, {"concurrency": 2})) for one in answers]
+    while server.stats()["in_flight"] < 2:
+        await asyncio.sleep(0.02)
+    for task in waiting:  # as an interrupted cell does
+        task.cancel()
+    while server.stats()["in_flight"]:
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)  # in which a third request would have come
+    assert server.stats()["requests"] == 2
+    assert len(open_ledger(str(tmp_path / "ledger.sqlite"))) == 2 * len(CRITERIA)  # and those two are kept
+    assert "pass" in told(await graded(server, tmp_path, answers[-1], {"concurrency": 2})).values()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "```json\n{}\n```",
+        "```\n{}```\n",
+        "<think>c1</think>\n{}",
+        "<think>x</think>```json {} ```",
+    ],
+)
+def test_a_reply_in_a_code_fence_or_after_thoughts_is_read(text: str) -> None:
+    criteria = [Criterion(id="a", text="Names Paris")]
+    reply = json.dumps({"verdicts": [{"id": "c1", "reasoning": "It does.", "pass": True}]})
+    assert read_reply(text.replace("{}", reply), criteria)["a"].verdict == "pass"
+    assert read_reply(text.replace("{}", reply + reply), criteria)["a"].verdict == "unknown"
+
+
+def test_the_prompt_does_not_change_without_its_version() -> None:
+    """Raise lib.grading.PROMPT when this fails, then put the new digest here: verdicts of the old prompt are others."""
+    criteria = [Criterion(id="a", text="A"), Criterion(id="b", text="B", scale="score")]
+    asked = grading_messages([{"role": "user", "content": "Q"}], "answer", criteria, "reference", "instructions")
+    content = json.dumps([asked, grading_schema(criteria), grading_schema(criteria[:1])])
+    assert (PROMPT, hashlib.sha256(content.encode()).hexdigest()[:16]) == ("grade-1", "a8b0de000414e6de")

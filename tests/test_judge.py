@@ -250,6 +250,20 @@ async def test_what_can_never_work_is_refused_at_once_and_remembered(
     assert await ask(judge)  # mended, after a minute
 
 
+@pytest.mark.parametrize("fault", [{"status": 403}, {"status": 400, "code": "unsupported_value"}])
+async def test_a_text_that_is_turned_away_does_not_stop_the_judging_of_others(
+    server: JudgeServer, fault: dict[str, Any]
+) -> None:
+    judge = judge_at(server)
+    await ask(judge)
+    server.control(**fault)
+    with pytest.raises(JudgeError) as turned_away:
+        await ask(judge, "what a gateway's moderation does not let through")
+    assert not isinstance(turned_away.value, JudgeRefused)
+    server.control(status=0)
+    assert (await ask(judge)).text
+
+
 async def test_an_endpoint_that_is_not_there_is_refused_after_the_retries(server: JudgeServer) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens

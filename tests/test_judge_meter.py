@@ -22,6 +22,7 @@ from lib.meter import JudgeMeter, kappa, label_sheet, labels, measure
 from lib.meter.advantages import Gap, advantages, gaps, rms, simulated_gap
 from lib.meter.intervals import balance, chance_within, correlation_within, root_mean_square, share
 from lib.meter.labels import COLUMNS, Judged, read_sheet, set_labels
+from lib.meter.readings import Asked, reward_noise
 from lib.rollout import submit
 from lib.runfolder import Run, open_run, plain
 from lib.show.labels import LabelForm
@@ -148,6 +149,16 @@ def test_noise_shows_in_verdicts_rewards_and_advantages(tmp_path: Path) -> None:
     assert 0.2 < found.advantage_error.value < 1.2 and found.sign_flips.value > 0
     assert found.advantage_error.low < found.advantage_error.value < found.advantage_error.high
     assert abs(found.position_bias.value) < 0.1  # the order changes nothing that asking again does not
+
+
+def test_noise_in_groups_whose_first_ask_was_all_equal_has_an_upper_end_above_it() -> None:
+    def told(*rewards: float) -> Asked:
+        return Asked("r", str(rewards), [{"c": Verdict("fail", 0.0, attempts=1)}] * 3, None, list(rewards))
+
+    quiet = [[told(0.0, 0.0, 0.0) for _ in range(5)] for _ in range(3)]
+    found = reward_noise([[told(0.0, 0.0, 0.6), *quiet[0][1:]], *quiet[1:]])
+    assert found.low < found.value < found.high
+    assert "differ by 0.000" not in found.meaning  # that one answer's noise is a difference within its group
 
 
 def test_an_order_that_sways_the_judge_is_told_from_its_noise(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ LIB = PROJECT_ROOT / "lib"
 # DESIGN's table: generate stands above rollout, because a BatchGenerate answers rollout's Requests.
 ORDER = """
     __init__
-    places   doctor
+    places   doctor   extract
     gpu
     task
     config   log   tables   ledger   cost

@@ -15,6 +15,8 @@ from cloud import APP, Cloud, result, wait_until
 from runners import records
 from safetensors.numpy import load_file
 
+from lib import PROJECT_ROOT
+
 SMOKE = "configs/smoke/decisions.yaml"
 LONG = ["-p", "task.on_invalid=zero", "-p", "training.steps=60", "-p", "training.save_steps=10"]
 TINY = ["-p", "training.steps=2", "-p", "evaluation.rows=8"]
@@ -248,15 +250,31 @@ def end_family(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+SLOW = """
+import asyncio
+
+from lib.tasks.decisions import Decisions
+
+
+class Slow(Decisions, frozen=True):
+    async def score(self, rollout):
+        await asyncio.sleep(0.7)  # steps take as long on a quick machine as on a busy one
+        return await super().score(rollout)
+"""
+
+
 def test_a_run_that_outlives_its_attempt_goes_on_in_the_next(cloud: Cloud, unbroken: Path) -> None:
     before = len(cloud.events("retry"))
-    texts = ["-p", "run_name=hours", "-p", "task.on_invalid=zero", "-p", "training.steps=250"]
+    cloud.write("mine/slow.py", SLOW)
+    smoke = (PROJECT_ROOT / SMOKE).read_text(encoding="utf-8")
+    config = cloud.write("mine/slow.yaml", smoke.replace("name: decisions", "name: mine/slow.py"))
+    texts = ["-p", "run_name=hours", "-p", "task.on_invalid=zero", "-p", "training.steps=30"]
     done = cloud.call(
-        *["run", "--notebook", "3_grpo_training", "--config", SMOKE, *ON_CPU, *texts, "-p", "training.save_steps=100"],
-        *["--timeout", str(30 / 3600), "--retries", "10"],
+        *["run", "--notebook", "3_grpo_training", "--config", str(config.relative_to(cloud.folder)), *ON_CPU, *texts],
+        *["-p", "training.save_steps=15", "--timeout", str(30 / 3600), "--retries", "10"],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(cloud.events("retry")) > before
     steps = [record["step"] for record in records(cloud.run_folder("hours") / "metrics.jsonl")]
-    assert steps == list(range(1, 251))
+    assert steps == list(range(1, 31))
     assert result(cloud.run_folder("hours"))["cost"]["attempts"] == len(cloud.events("retry")) - before + 1

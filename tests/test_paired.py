@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lib.paired import RESAMPLES, by_category, by_part, compare, interval, most_changed, paired, row_rewards, summarize
+from lib.paired import (
+    RESAMPLES,
+    by_category,
+    by_part,
+    compare,
+    interval,
+    most_changed,
+    paired,
+    pass_at_k,
+    row_rewards,
+    summarize,
+)
 
 
 def record(
@@ -175,6 +187,22 @@ def test_parts_that_are_shares_are_compared_and_those_of_single_rows_or_other_un
     gains = by_part(before, after)
     assert {name: gain.mean for name, gain in gains.items()} == {"hurdles": 0.5}
     assert list(summarize("base", before).parts) == ["hurdles", "regret"]
+
+
+def test_pass_at_k_is_the_share_of_draws_of_k_answers_that_hold_a_right_one() -> None:
+    right = {"a": [1, 0, 0, 1], "b": [0, 0, 0, 0], "c": [1, 1, 1, 0]}
+    answers = [record(row, solved, solved=float(solved)) for row, some in right.items() for solved in some]
+    for k, found in pass_at_k(answers).items():
+        draws = {row: [any(draw) for draw in combinations(some, k)] for row, some in right.items()}
+        exact = sum(sum(hits) / len(hits) for hits in draws.values()) / len(right)
+        assert found.mean == pytest.approx(exact) and found.low <= exact <= found.high and found.n == 3
+    assert list(pass_at_k(answers)) == [1, 2, 4]
+
+
+def test_an_unscored_answer_is_no_try_and_other_tasks_have_no_pass_at_k() -> None:
+    answers = [record("a", 1.0, solved=1.0), record("a", None, solved=None), record("b", 0.0, solved=0.0)]
+    assert {k: found.mean for k, found in pass_at_k(answers).items()} == {1: 0.5}
+    assert pass_at_k([record("a", 0.5, regret=1.0)]) == {} and pass_at_k([]) == {}
 
 
 # -- one policy -------------------------------------------------------------------------------------------------------

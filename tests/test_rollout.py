@@ -428,6 +428,26 @@ def test_an_interrupt_while_scores_are_awaited_ends_the_wait() -> None:
     assert in_another_process(code) == "interrupted 3\n"
 
 
+def test_an_interrupt_of_a_wait_ends_what_was_waited_for() -> None:
+    code = """
+        from lib.rollout import finish
+
+        async def work():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                sys.stdout.write("ended ")
+
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+        try:
+            finish(work())
+        except KeyboardInterrupt:
+            sys.stdout.write("interrupted ")
+        time.sleep(0.3)
+    """
+    assert sorted(in_another_process(code).split()) == ["ended", "interrupted"]
+
+
 def test_a_scorer_that_exits_is_unscored_and_does_not_hang_the_run() -> None:
     code = """
         class Exits(Task, frozen=True):

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, provenance
 from lib.config import Config, parse_config
 from lib.log import scrub, start_logging
 from lib.runfolder import (
@@ -361,6 +361,19 @@ def test_a_stage_that_was_not_begun_cannot_end(run: Run) -> None:
         run.end("data", {})
 
 
+def test_a_judges_budget_may_be_raised_in_a_run_but_not_its_model_changed(tmp_path: Path) -> None:
+    def judged_by(**judge: Any) -> Run:
+        return open_run("judged", config(tmp_path, task={"name": "judged", "judge": {"model": "a", **judge}}))
+
+    judged_by(budget_usd=1.0).begin("data", ("task",), {})
+    judged_by(budget_usd=1.0).end("data", {"train": 3})
+    raised = judged_by(budget_usd=5.0, concurrency=8, timeout=9.0)
+    raised.check_config()
+    assert raised.begin("data", ("task",), {}) == {"train": 3}
+    with pytest.raises(RunError, match=r"task\.judge\.model was 'a', now 'b'"):
+        judged_by(model="b").begin("data", ("task",), {})
+
+
 def test_another_config_is_refused_with_the_key_and_both_values(tmp_path: Path, run: Run) -> None:
     run.begin("training", ["task", "training"], {})
     run.end("training", {})
@@ -591,6 +604,10 @@ def test_provenance_is_of_the_runs_beginning_and_a_change_of_code_is_warned_abou
     open_run("first", run.config)
     assert json.loads(path.read_text()) == first
     assert "the code changed since this run was made (0000000 then," in (run.folder / "log.txt").read_text()
+    first["code"] |= {"commit": provenance.collect(lock="", seed=0)["code"]["commit"], "diff": "of another day"}
+    path.write_text(json.dumps(first))
+    open_run("first", run.config)
+    assert "both times, with other changes on top" in (run.folder / "log.txt").read_text()
 
 
 @pytest.fixture

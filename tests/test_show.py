@@ -131,3 +131,10 @@ def test_a_person_can_choose_any_group(shown: list[str], monkeypatch: pytest.Mon
     assert [title for title, _ in chooser.options] == ["apart: 1, 0, unscored", "alike: 0.5, 0.5, 0.5"]
     chooser.value = 1
     assert "prompt of alike" in shown[-1] and "prompt of apart" not in shown[-1]
+
+
+def test_prices_are_not_set_as_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", pages.append)
+    show.table([{"answer": "One costs $5, the other $10."}])
+    assert pages[0].data.startswith('<div class="tex2jax_ignore mathjax_ignore">')  # MathJax 2 and 3 pass it over

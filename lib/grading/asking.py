@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -33,8 +33,21 @@ from lib.task import Message
 ROUNDS = 3
 """Times that a judge is asked for what its replies have left out so far."""
 
-_flights: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Path, str], asyncio.Task[dict[str, Verdict]]]]
-_flights = WeakKeyDictionary()
+
+class _Flight:
+    """One exam on its way. Where nobody waits for it any more (an interrupt), it asks nothing more."""
+
+    told: asyncio.Task[dict[str, Verdict]]
+    """By key."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    def wanted(self) -> bool:
+        return self.waiting > 0
+
+
+_flights: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Path, str], _Flight]] = WeakKeyDictionary()
 """What is being asked now, by ledger and key: members of a group that give the same answer are judged once."""
 
 
@@ -95,20 +108,30 @@ async def grade(
     places = {one.id: (file.path, keys[one.id]) for one in criteria if keys[one.id] not in known}
     mine = [one for one in criteria if one.id in places and places[one.id] not in flights]
     if mine:
-        flight = asyncio.create_task(_ask(exam, mine, keys, file))
+        flight = _Flight()
+        flight.told = asyncio.create_task(_ask(exam, mine, keys, file, flight.wanted))
         flights |= {places[one.id]: flight for one in mine}
-        flight.add_done_callback(lambda _: [flights.pop(places[one.id], None) for one in mine])
-    for flight in {flights[place] for place in places.values()}:
-        known |= await asyncio.shield(flight)  # who gives up waiting does not take the verdict from the others
+        flight.told.add_done_callback(lambda _: [flights.pop(places[one.id], None) for one in mine])
+    awaited = {flights[place] for place in places.values()}
+    for flight in awaited:
+        flight.waiting += 1
+    try:
+        for flight in awaited:
+            known |= await asyncio.shield(flight.told)  # who gives up does not take the verdict from the others
+    finally:
+        for flight in awaited:
+            flight.waiting -= 1
     return {one.id: known[keys[one.id]] for one in criteria}
 
 
-async def _ask(exam: _Exam, criteria: Sequence[Criterion], keys: Mapping[str, str], file: Ledger) -> dict[str, Verdict]:
+async def _ask(
+    exam: _Exam, criteria: Sequence[Criterion], keys: Mapping[str, str], file: Ledger, wanted: Callable[[], bool]
+) -> dict[str, Verdict]:
     """Ask until every criterion has a verdict, ROUNDS times at most, and keep what was told at once. By key."""
     found: dict[str, Verdict] = {}
     left = list(reversed(criteria)) if exam.reverse else list(criteria)
     for _ in range(ROUNDS):
-        told, may_help = await _ask_once(exam, left)
+        told, may_help = await _ask_once(exam, left, wanted)
         found |= {name: _after(verdict, found.get(name)) for name, verdict in told.items()}
         file.put([exam.entry(keys[one.id], one, found[one.id]) for one in left])
         left = [one for one in left if found[one.id].verdict == "unknown"]
@@ -117,13 +140,15 @@ async def _ask(exam: _Exam, criteria: Sequence[Criterion], keys: Mapping[str, st
     return {keys[name]: verdict for name, verdict in found.items()}
 
 
-async def _ask_once(exam: _Exam, criteria: Sequence[Criterion]) -> tuple[dict[str, Verdict], bool]:
+async def _ask_once(
+    exam: _Exam, criteria: Sequence[Criterion], wanted: Callable[[], bool]
+) -> tuple[dict[str, Verdict], bool]:
     """What one call tells of each criterion, and whether asking again for the rest may help."""
     try:
         if exam.judge.provider == "reward_model":
             return await _ask_model(exam, criteria), False
         messages = grading_messages(exam.conversation, exam.answer, criteria, exam.reference, exam.instructions)
-        reply = await open_judge(exam.judge).ask(messages, grading_schema(criteria), "verdicts")
+        reply = await open_judge(exam.judge).ask(messages, grading_schema(criteria), "verdicts", wanted)
         told = read_reply(reply.text, criteria)
     except UselessReply as error:
         reply, told = error.spent, all_unknown(criteria, str(error))

@@ -14,7 +14,7 @@ from lib.data import RowsTask
 from lib.grading.asking import grade
 from lib.grading.prompt import Criterion
 from lib.judge import JudgeSettings, check_judge
-from lib.ledger import Verdict
+from lib.ledger import Verdict, open_ledger
 from lib.task import Rollout, Row, Score
 
 
@@ -64,7 +64,9 @@ class JudgedTask(RowsTask, frozen=True):
         return [self.judge.key_name] if self.judge.key_name else []
 
     def check(self) -> list[str]:
-        """Warnings about the judge; raises where it can never work as configured."""
+        """Warnings about the judge; raises where it can never work as configured, or a ledger of one's own is none."""
+        if self.ledger:
+            open_ledger(self.ledger)
         return check_judge(self.judge)
 
     def notes(self, row: Row, verdicts: Mapping[str, Verdict], scored: bool) -> dict[str, Any]:

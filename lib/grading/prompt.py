@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel
 
+from lib import calls
 from lib.ledger import Verdict
 from lib.task import Message
 
@@ -127,8 +129,7 @@ def _content_text(content: Any) -> str:
 
 def sendable(text: str) -> str:
     """Without what cannot be written as UTF-8, and without NULs, which some servers refuse."""
-    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins halves that belong together
-    return whole.replace("\0", "\ufffd")
+    return calls.sendable(text).replace("\0", "\ufffd")
 
 
 # the reply ------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def read_reply(text: str, criteria: Sequence[Criterion]) -> dict[str, Verdict]:
     Nothing is guessed: a verdict of another type, a score outside 0 to 1 and two verdicts that differ are unknown.
     """
     try:
-        reply = json.loads(text, parse_constant=_no_constant)
+        reply = json.loads(_bare(text), parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError):
         return all_unknown(criteria, "judge: the reply is not JSON")
     entries = reply.get("verdicts") if isinstance(reply, dict) else None
@@ -157,6 +158,12 @@ def read_reply(text: str, criteria: Sequence[Criterion]) -> dict[str, Verdict]:
             verdict = _unknown("judge: two verdicts that differ on one criterion")
         found[criterion.id] = verdict if before is None or verdict.verdict == "unknown" else before
     return all_unknown(criteria, "judge: the reply leaves criteria out") | found
+
+
+def _bare(text: str) -> str:
+    """A reply without thoughts before it and a code fence around it, which servers that ignore the schema add."""
+    fenced = re.fullmatch(r"(?:\s*<think>.*?</think>)?\s*(?:```(?:json)?\s*(.*?)\s*```|(.*?))\s*", text, re.DOTALL)
+    return (fenced[1] or fenced[2] or "") if fenced else text
 
 
 def _verdict_of(entry: Mapping[str, Any], criterion: Criterion) -> Verdict:
@@ -185,6 +192,14 @@ def _unknown(cause: str) -> Verdict:
 def all_unknown(criteria: Sequence[Criterion], cause: str) -> dict[str, Verdict]:
     """No verdict on any criterion, for one cause."""
     return {criterion.id: _unknown(cause) for criterion in criteria}
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; {"pass": false, "pass": true} is two verdicts, of which json would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice is not JSON")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -6,10 +6,10 @@ python -c "from lib.judge import JudgeSettings, open_judge; print(open_judge(Jud
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lib.calls import Caller, Choice, Completion, Message, Service, Spent, Tokens, sendable
+from lib.calls import Caller, Choice, Completion, Message, Service, Spent, Tokens, sendable_message
 from lib.cost import Usage, load_prices, record_usage, token_price
 from lib.judge.errors import JudgeError, JudgeRefused, Reply, UselessReply
 from lib.judge.settings import JudgeSettings, check_budget, check_key, price_id, retirement_warnings
@@ -67,17 +67,24 @@ class Judge(Caller):
         self._bills: dict[str, Usage] = {}
         self._uncounted = False
 
-    async def ask(self, messages: Sequence[Mapping[str, Any]], schema: dict[str, Any], name: str) -> Reply:
+    async def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        schema: dict[str, Any],
+        name: str,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Reply:
         """One chat completion as JSON of `schema`, which is called `name` (letters, digits and _).
 
         The text is as the judge wrote it: checking it is the caller's. Raises UselessReply for a truncated, refused or
         empty reply, JudgeRefused where nothing will work as configured, JudgeError for everything else. A request that
-        was cut off is taken to have cost nothing.
+        was cut off is taken to have cost nothing. Once `wanted` says no, the call begins no request any more and is
+        cancelled; one that was sent is waited for, since it is paid.
         """
         spent = Spent()
         try:
             self._check()
-            completion = await self.complete(self._request(messages, schema, name), spent)
+            completion = await self.complete(self._request(messages, schema, name), spent, wanted)
             reply = self._reply(completion, spent)
         except JudgeError as error:
             if not isinstance(error, UselessReply):
@@ -107,7 +114,7 @@ class Judge(Caller):
         settings = self.settings
         request: dict[str, Any] = {
             "model": settings.model_id,
-            "messages": [sendable(message) for message in messages],
+            "messages": [sendable_message(message) for message in messages],
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": name, "schema": schema, "strict": True},

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
+from lib.grading.prompt import sendable
 from lib.ledger import Verdict, hash_text
 from lib.log import scrub
 from lib.runfolder import Run
@@ -165,7 +166,7 @@ def _write(path: Path, lines: Sequence[Label]) -> None:
 
 def _cell(text: str) -> str:
     """A text as a spreadsheet may show it: no secrets, no formulas, nothing that UTF-8 or a spreadsheet cannot hold."""
-    whole = scrub(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd"))
+    whole = scrub(sendable(text))
     return f"'{whole}" if whole.startswith(_FORMULA) or _plain(whole) != whole else whole
 
 

@@ -38,7 +38,7 @@ from lib.meter.readings import (
     rewards,
     sign_flips,
 )
-from lib.rollout import submit
+from lib.rollout import finish
 from lib.runfolder import Run
 from lib.task import Rollout, Row, Task
 
@@ -103,7 +103,7 @@ def measure(
         raise ValueError(f"asks={asks}: repeatability needs at least 2")
     given = labels(run)
     rows = train_rows(run, [*answers, *({"row": label.row} for label in given)])
-    groups = submit(_ask_all(task, _chosen(answers, rows, items, config.training.seed), rows, asks)).result()
+    groups = finish(_ask_all(task, _chosen(answers, rows, items, config.training.seed), rows, asks))
     scaling, size = config.training.reward_scaling, config.training.group_size
     scored = rewards(groups)
     found = JudgeMeter(
@@ -195,7 +195,7 @@ def _agreement(
     texts |= {(str(record["row"]), hash_text(record["answer"])): record["answer"] for record in answers}
     usable = [one for one in given if (one.row, one.answer_hash) in texts and _still_asked(task, rows, one)]
     wanted = {(one.row, one.answer_hash): texts[one.row, one.answer_hash] for one in usable}
-    judged = submit(_judge_labelled(task, rows, wanted)).result()
+    judged = finish(_judge_labelled(task, rows, wanted))
     verdicts = [judged[one.row, one.answer_hash][one.criterion].verdict for one in usable]
     known = [(one, verdict) for one, verdict in zip(usable, verdicts, strict=True) if verdict != "unknown"]
     pairs = [(one.label == "pass", verdict == "pass") for one, verdict in known]

@@ -99,8 +99,8 @@ def reward_noise(groups: Sequence[Group]) -> Reading:
         return (statistics.variance(known), 1) if len(known) > 1 else (0, 0)
 
     squares, sizes = _by_row(groups, count)
-    first = [[one.rewards[0] for one in group if one.rewards[0] is not None] for group in groups]
-    spreads = [statistics.variance(some) for some in first if len(some) > 1]
+    asks = [ask for group in groups for ask in zip(*(one.rewards for one in group), strict=True)]  # of each group
+    spreads = [statistics.variance(some) for ask in asks if len(some := [r for r in ask if r is not None]) > 1]
     between = statistics.mean(spreads) if spreads else math.nan
     meaning = f"Rewards within a group differ by {math.sqrt(between):.3f}, this noise included." if spreads else ""
     found = intervals.root_mean_square(squares, sizes, between)

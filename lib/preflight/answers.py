@@ -17,7 +17,7 @@ from lib.answering import answer_rows
 from lib.attacks import gold_text, other_golds
 from lib.config import Config
 from lib.generate import Chat, batched, end_ids, local_sample, within_limit
-from lib.rollout import submit
+from lib.rollout import finish
 from lib.runfolder import Run
 from lib.task import ROW_PART, Rollout, Row, Score, Task, TaskError
 
@@ -34,6 +34,7 @@ def score_answers(task: Task, row: Row, answers: dict[str, str]) -> list[dict[st
             "text": answers[name],
             "reward": "masked" if score.masked else "unscored" if score.reward is None else round(score.reward, 4),
             **{part: v for part, v in score.parts.items() if v is not None and not part.startswith(ROW_PART)},
+            **({"why": score.notes["error"]} if score.reward is None and "error" in score.notes else {}),
         }
         for name, score in scores.items()
     ]
@@ -49,7 +50,7 @@ def known_answers(task: Task, rows: Sequence[Row], count: int = 3) -> list[dict[
 
 def score_one(task: Task, rollout: Rollout) -> Score:
     """One rollout's score, from notebook or test code that runs no event loop of its own."""
-    return submit(task.score(rollout)).result()
+    return finish(task.score(rollout))
 
 
 def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lib.config import Config
 from lib.grading import JudgedTask
 from lib.ledger import Verdict
 from lib.preflight.answers import find_rows
-from lib.rollout import submit
+from lib.rollout import finish
 from lib.task import Rollout, Row, Task
 
 
@@ -44,7 +44,7 @@ def judge_bill(
     different = list(dict.fromkeys(scored))
     by_id = {str(row["id"]): row for row in find_rows(rows, [row for row, _ in different])}
     rollouts = [Rollout.of(by_id[row], answer) for row, answer in different]
-    judged = submit(_verdicts(task, rollouts)).result()
+    judged = finish(_verdicts(task, rollouts))
     completions = completions_of(config, len(rows))
     scale = completions / len(scored)
     calls = sum(max((one.attempts for one in verdicts.values()), default=0) for verdicts in judged)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lib.attacks import Attack, attacks, gold_text, other_golds
 from lib.generate import scripted
 from lib.preflight.answers import find_rows
-from lib.rollout import attempt, submit
+from lib.rollout import attempt, finish
 from lib.task import Row, Score, Task
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ def attack_table(
     HITS rows what the gold answer earns (on all rows, where there are fewer). Masked and unscored ones do not work.
     `answers` are records of `sample_base`; padding goes up to `limit` = sampling.completion_limit (tokens).
     """
-    chosen = find_rows(rows, list(dict.fromkeys(str(answer["row"]) for answer in answers))[:count])
+    answered = find_rows(rows, list(dict.fromkeys(str(answer["row"]) for answer in answers)))
+    # Where doing nothing is right (a call that must not be made), most cheats do nothing, and are right.
+    chosen = [row for row in answered if not row.get("gold") or gold_text(row).strip()][:count] or answered[:count]
     table, wrong = _yardstick(task, rows, chosen, answers)
     asked = [(row, one) for row in chosen for one in attacks(task, row, wrong[str(row["id"])], limit)]
     logger.info(
@@ -108,7 +110,7 @@ def _score_all(task: Task, asked: Sequence[tuple[Row, Attack]]) -> list[Score]:
         played = await asyncio.gather(*(attempt(task, row, scripted(one.text)) for row, one in asked))
         return [scored.score for scored in played]
 
-    return submit(play()).result()
+    return finish(play())
 
 
 def _yardstick(
@@ -116,18 +118,22 @@ def _yardstick(
 ) -> tuple[AttackTable, dict[str, list[str]]]:
     """What the cheats are measured against, before any was scored; and wrong answers by row, the worst first.
 
-    Other rows' golds are tried as wrong answers. One that earns what the row's own gold does is not wrong.
+    Other rows' golds are tried as wrong answers. One that earns what the row's own gold does is not wrong, and one that
+    is no answer to this row (part `valid` 0: a program of another name, say) hides nothing: naming it is no hedge.
     """
     known = [(row, Attack("gold", gold_text(row), "")) for row in chosen if row.get("gold")]
     known += [(row, Attack("wrong", text, "")) for row in chosen for text in other_golds(row, rows)]
     lowest = task.reward_range[0]
     gold: dict[str, float] = {}
+    beside: set[tuple[str, str]] = set()
     others: dict[str, list[tuple[float, str]]] = {str(row["id"]): [] for row in chosen}
     for (row, one), score in zip(known, _score_all(task, known), strict=True):
         if score.reward is not None and one.name == "gold":
             gold[str(row["id"])] = score.reward
         elif score.reward is not None:
             others[str(row["id"])].append((score.reward, one.text))
+            if score.parts.get("valid", 1.0) == 0:
+                beside.add((str(row["id"]), one.text))
     best = {row: max(some, default=(lowest, ""))[0] for row, some in others.items()}
     wrong = {row: sorted(one for one in some if one[0] < gold.get(row, lowest)) for row, some in others.items()}
     scored = [a["reward"] for a in answers if str(a["row"]) in others and a["reward"] is not None]
@@ -141,7 +147,7 @@ def _yardstick(
         bar=max([value for value in (base, worst) if value is not None], default=lowest),
         rows=list(others),
     )
-    return table, {row: [text for _, text in some] for row, some in wrong.items()}
+    return table, {row: [text for _, text in some if (row, text) not in beside] for row, some in wrong.items()}
 
 
 def _attacked(result: Sequence[tuple[str, Attack, Score]], table: AttackTable) -> Attacked:

@@ -5,7 +5,7 @@ Owns how things look; each file one subject, all of them under one name. Must no
     python -c "from lib.show import is_interactive; print(is_interactive())"
 """
 
-from lib.show.evaluation import gains, part_shares, pass_at, runs, summaries, verdict
+from lib.show.evaluation import gains, part_shares, pass_at_k, runs, summaries, verdict
 from lib.show.figure import BLUE, GREEN, GREY, ORANGE, RED, bars, smooth, use_style
 from lib.show.groups import browser
 from lib.show.inspection import lengths, reward_spread, useful_groups
@@ -38,7 +38,7 @@ __all__ = [
     "meter",
     "part_shares",
     "parts",
-    "pass_at",
+    "pass_at_k",
     "reward_spread",
     "rollouts",
     "rows",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.evaluate import Comparison
-from lib.paired import Gain, PassAt, Summary
+from lib.paired import Gain, Summary
 from lib.show.figure import BLUE, GREEN, GREY, RED, done, draw_bars, new_figure
 from lib.show.page import put, table, text
 
@@ -29,7 +29,7 @@ _FLATTERED = (
 
 
 def summaries(policies: Sequence[Summary]) -> None:
-    """One line a policy: mean reward with its interval, valid share, parts."""
+    """One line a policy: mean reward with its interval, valid share, parts (of `kind/name` parts see the gains)."""
     table(
         {
             "policy": s.policy,
@@ -38,21 +38,23 @@ def summaries(policies: Sequence[Summary]) -> None:
             "valid": f"{s.valid:.1%}",
             "reward, invalid = 0": f"{s.reward_with_invalid:.3f}",
             "unscored": s.unscored,
-            **{name: value for name, value in s.parts.items() if name != "valid"},
+            **{name: value for name, value in s.parts.items() if name != "valid" and "/" not in name},
         }
         for s in policies
     )
 
 
-def pass_at(by_policy: Mapping[str, Sequence[PassAt]]) -> None:
-    """The chance that one of k sampled answers solves a row, policy by policy, with intervals."""
-    if not any(by_policy.values()):
-        text("No pass@k: this task's score has no part `solved`.")
-        return
-    table(
-        {"policy": name} | {f"pass@{one.k}": f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in some}
-        for name, some in by_policy.items()
-    )
+def pass_at_k(by_policy: Mapping[str, Mapping[int, Gain]]) -> None:
+    """The share of rows solved in k tries, policy by policy; says so where the task has no part `solved`."""
+    lines = [
+        {"policy": label, **{f"pass@{k}": f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for k, e in some.items()}}
+        for label, some in by_policy.items()
+        if some
+    ]
+    if lines:
+        table(lines, "Rows solved in k tries (95 % interval over rows)")
+    else:
+        text("pass@k: this task has no answers that are simply right or wrong (no part `solved`)")
 
 
 def gains(by_name: Mapping[str, Gain], title: str, unit: str = "reward") -> Figure:

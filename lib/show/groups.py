@@ -73,7 +73,11 @@ def _group(group: Sequence[Record]) -> str:
         for record in group
     )
     judged = [record["notes"].get("verdicts") or {} for record in group]
+    programs = [str(record["notes"].get("program") or "") for record in group]
     lines = _criterion_lines(judged) if any(judged) else _part_lines(group)
+    if any(programs):
+        lines = _line("program", [f"<pre>{html.escape(program)}</pre>" for program in programs]) + lines
+        lines += _measured_lines([record["notes"].get("measured") or {} for record in group])
     style = f'style="color:{BLUE};text-align:left"'
     return (
         f'{prompt}<div style="overflow-x:auto"><table><thead><tr><th {style}>reward</th>{head}</tr></thead>'
@@ -100,6 +104,12 @@ def _part_lines(group: Sequence[Record]) -> str:
     names = dict.fromkeys(name for record in group for name in record["parts"])
     values = {name: [record["parts"].get(name) for record in group] for name in names}
     return "".join(_line(name, ["" if v is None else f"{v:.3g}" for v in some]) for name, some in values.items())
+
+
+def _measured_lines(measured: Sequence[Mapping[str, float]]) -> str:
+    """What running an answer took."""
+    names = dict.fromkeys(name for one in measured for name in one)
+    return "".join(_line(name, [f"{one[name]:.3g}" if name in one else "" for one in measured]) for name in names)
 
 
 def _line(title: str, cells: Sequence[str]) -> str:

@@ -112,4 +112,5 @@ def details(summary: str, inside: str, is_open: bool = False) -> str:
 def put(markup: str) -> None:
     from IPython.display import HTML, display
 
-    display(HTML(markup))
+    # Jupyter and nbconvert would set what stands between two dollar signs as a formula: prices, in answers and prompts.
+    display(HTML(f'<div class="tex2jax_ignore mathjax_ignore">{markup}</div>'))

@@ -30,6 +30,7 @@ HUB_CONFIGS = {"DIY": "diy", "Food": "food", "Gaming": "gaming", "Shopping": "sh
 TASK, CRITERION, TEXT = "Task ID", "Criterion ID", "Description"
 PROMPT, SPECIFIED = "Prompt", "Specified Prompt"
 HURDLE, KIND, GROUNDING = "Hurdle Tag", "Criteria type", "Criterion Grounding Check"
+WORKFLOW = "Workflow"
 NEEDED = (TASK, CRITERION, PROMPT, HURDLE, KIND, TEXT)
 
 FLAGS = {HURDLE: {"Hurdle": True, "Not": False}, GROUNDING: {"Grounded": True, "Not Grounded": False, "": False}}
@@ -57,6 +58,7 @@ class Ace(JudgedTask, frozen=True):
     """
 
     stratified: ClassVar[bool] = True
+    read_columns: ClassVar[tuple[str, ...]] = (*NEEDED, SPECIFIED, GROUNDING, WORKFLOW)
     instructions: ClassVar[str] = INSTRUCTIONS
 
     split_ratio: float = Field(default=0.75, ge=0, le=1)
@@ -126,7 +128,7 @@ class Ace(JudgedTask, frozen=True):
             where.report(PROMPT, f"the same as at {twin}")
             return None
         row: Row = {"id": record["id"], "prompt": [{"role": "user", "content": prompt}], "category": record["domain"]}
-        return {**row, "workflow": lines[0].cell("Workflow"), "criteria": criteria}
+        return {**row, "workflow": lines[0].cell(WORKFLOW), "criteria": criteria}
 
     def _graded(self, criteria: Sequence[dict[str, Any]], where: Where) -> bool:
         """Whether the rule can be applied to a task; reports why not."""

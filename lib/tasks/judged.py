@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lib.data import Record, Where, is_json, messages_of
 from lib.grading import Criterion, JudgedTask
 from lib.ledger import Verdict
+from lib.tables import no_key_twice
 from lib.task import Message, Row, Score
 
 OVERALL = "overall"
@@ -34,7 +43,7 @@ class SubScore(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    text: str = Field(min_length=1)
+    text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     weight: float = Field(default=1.0, ge=0)
     """0 = judged and shown, but not part of the reward."""
 
@@ -50,6 +59,9 @@ class Judged(JudgedTask, frozen=True):
     """
 
     instructions: ClassVar[str] = INSTRUCTIONS
+    read_columns: ClassVar[tuple[str, ...]] = (
+        "id", "prompt", "messages", "reference", "rubric", "metadata", "category",
+    )  # fmt: skip
 
     rubric: Rubric = Field(default={})
     """The rubric of rows that have none."""
@@ -109,7 +121,11 @@ class Judged(JudgedTask, frozen=True):
 
     def _rubric_of(self, record: Record, where: Where) -> Rubric | None:
         """The rubric of a record, its own or the task's; None after reporting why there is none."""
-        cell = _written_out(record.get("rubric"))
+        try:
+            cell = _written_out(record.get("rubric"))
+        except ValueError as error:
+            where.report("rubric", str(error))
+            return None
         if not cell:
             if not self.rubric:
                 where.report("rubric", "empty, and task.rubric is not set: give one of the two")
@@ -157,8 +173,10 @@ def _written_out(rubric: Any) -> Any:
     Nulls are left out: a table of structs has the sub-scores of all rows in each of them.
     """
     if isinstance(rubric, str) and rubric.lstrip().startswith("{"):
-        with suppress(ValueError):
-            rubric = json.loads(rubric)
+        try:
+            rubric = json.loads(rubric, object_pairs_hook=no_key_twice)
+        except ValueError as error:
+            raise ValueError(f"it begins with {{ and is no JSON ({error}): mend it, or put a word first") from None
     if isinstance(rubric, str):
         return {OVERALL: {"text": rubric.strip()}} if rubric.strip() else {}
     if not isinstance(rubric, Mapping):
@@ -182,7 +200,19 @@ def _question(record: Record, where: Where) -> list[Message] | None:
         shown = column if column in record else "prompt"
         where.report(shown, "empty, or neither a text nor a list of chat messages with roles")
         return None
+    if not all(message["role"] == "assistant" or _has_text(message) for message in prompt):
+        where.report(column, "a message without text: `content` must be a text, or a list of parts with a `text`")
+        return None
     return prompt
+
+
+def _has_text(message: Message) -> bool:
+    """Whether a message says something that model and judge can read."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return isinstance(content, str) and bool(content.strip())
 
 
 def _text(record: Record, name: str, where: Where) -> str | None:

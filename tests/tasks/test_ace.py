@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -317,19 +317,6 @@ def test_notes_hold_every_verdict_and_the_causes_of_what_is_unscored() -> None:
 
 
 # -- with a judge -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[JudgeServer]:
-    with running_judge() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
-    shared_server.control(reset=True)
-    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    return shared_server
 
 
 def judged(server: JudgeServer, ledger: Path, **params: Any) -> Ace:

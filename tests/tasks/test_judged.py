@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import FAULTS, JudgeServer, running_judge, share_of
+from judge_server import FAULTS, JudgeServer, share_of
 
 from lib import PROJECT_ROOT
 from lib.config import load_config
-from lib.ledger import Verdict
+from lib.ledger import LedgerError, Verdict
 from lib.task import Rollout, Row, Score, TaskError, load_task
 from lib.tasks.judged import OVERALL, Judged
 
@@ -221,19 +221,6 @@ def test_the_mean_of_perfect_scores_does_not_leave_the_range() -> None:
 # -- with a judge -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shared_server() -> Iterator[JudgeServer]:
-    with running_judge() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> JudgeServer:
-    shared_server.control(reset=True)
-    monkeypatch.delenv("WORKBENCH_RUN", raising=False)
-    return shared_server
-
-
 def example(server: JudgeServer, ledger: Path, **params: Any) -> Judged:
     judge = {**LOCAL, "base_url": server.base_url, "timeout": 1.0}
     given = {"judge": judge, "ledger": str(ledger), "rubric": TWO, **params}
@@ -333,3 +320,38 @@ def test_the_shipped_configs_find_their_rows(name: str) -> None:
     config = load_config(PROJECT_ROOT / "configs" / name)
     task = load_task(config.task.name, **config.task.params)
     assert len(task.rows("train")) == 10 and len(task.rows("eval")) == 2
+
+
+def test_a_column_that_is_not_read_cannot_be_mapped(tmp_path: Path) -> None:
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"question": "a", "prompt": "not meant"}\n{"question": "b", "prompt": "nor this"}\n')
+    with pytest.raises(TaskError, match=r"columns.promt: .* Did you mean 'prompt'"):
+        load_task("judged", path=str(table), rubric="Good.", columns={"promt": "question"})
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ('{"messages": [{"role": "user"}]}', "messages: a message without text"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "messages: a message without text"),
+        ('{"messages": [{"role": "user", "content": {"text": "a"}}]}', "messages: a message without text"),
+        ('{"prompt": "a", "rubric": {"x": "one", "x": "two"}}', "'x' is there twice in one object"),
+        ('{"prompt": "a", "rubric": "{\\"x\\": one"}', "rubric: it begins with { and is no JSON"),
+        ('{"prompt": "a", "rubric": {"x": {"text": "  "}}}', "rubric: x.text: String should have at least 1"),
+        ('{"prompt": "a", "metadata": ' + "[" * 100_000 + "]" * 100_000 + "}", "brackets within brackets"),
+    ],
+)
+def test_what_would_be_judged_as_something_else_is_refused(tmp_path: Path, row: str, problem: str) -> None:
+    table = tmp_path / "rows.jsonl"
+    table.write_text(f'{{"prompt": "fine"}}\n{row}\n')
+    with pytest.raises(TaskError, match="line 2") as refused:
+        load_task("judged", path=str(table), rubric="Good.").rows("train")
+    assert problem in str(refused.value)
+
+
+def test_a_ledger_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no ledger at all\n" * 100)
+    given = {"path": "configs/examples/judged.jsonl", "rubric": "Good.", "judge": LOCAL}
+    with pytest.raises(LedgerError, match="cannot be read as a ledger"):
+        load_task("judged", **given, ledger=str(tmp_path / "notes.txt")).check()
+    assert load_task("judged", **given, ledger=str(tmp_path / "new.sqlite")).check() == []
