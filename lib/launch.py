@@ -193,7 +193,7 @@ def make_probe(experiment: Experiment, config: str, texts: Sequence[str], steps:
 def quote(experiment: Experiment, config_path: str, texts: Sequence[str], run_name: str | None) -> int:
     """Print what the training of a config will cost, measured by a probe or an earlier run."""
     config = check("3_grpo_training", config_path, texts).config
-    name = run_name or default_name(config_path)
+    name = run_name or default_name(config_path, config.task.name)
     with tempfile.TemporaryDirectory() as temporary:
         folder = _measured(experiment, name, Path(temporary) / name)
         trace = read_trace(folder)

@@ -115,7 +115,7 @@ def check(notebook: str, config_path: str, texts: Sequence[str]) -> Order:
     first = parameters[notebooks[0]]
     config = load_config(config_path, first["overrides"])
     task = load_task(config.task.name, **config.task.params)
-    run = check_name(first.get("run_name") or default_name(config_path))
+    run = check_name(first.get("run_name") or default_name(config_path, config.task.name))
     return Order(parameters, config, task, run)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
-from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, parse_config
+from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, own_task, parse_config
 from lib.cost import Bill, read_bill
 from lib.log import scrub, start_logging
 from lib.places import RUN, locate
@@ -249,7 +249,7 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
 
     Refuses another config than its stages were begun with, a newer schema, and an unwritable folder.
     """
-    name = check_name(name or default_name(default))
+    name = check_name(name or default_name(default, config.task.name))
     folder = locate(config.paths.outputs) / name
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,13 +272,18 @@ def check_name(name: str) -> str:
     return name
 
 
-def default_name(config_path: str | Path) -> str:
-    """A run's name from its config's path: configs/smoke/decisions.yaml -> smoke-decisions."""
+def default_name(config_path: str | Path, task: str = "") -> str:
+    """A run's name from its config's path: configs/smoke/decisions.yaml -> smoke-decisions.
+
+    Where another task than the file's own was put in its place, that task's name follows.
+    """
     if not str(config_path):
         raise RunError("the run has no name: give run_name, or the config that it should be named after")
     path = Path(os.path.normpath(locate(config_path))).with_suffix("")
     configs = PROJECT_ROOT / "configs"
     name = "-".join(path.relative_to(configs).parts) if path.is_relative_to(configs) else path.name
+    if task and locate(config_path).is_file() and task != own_task(config_path):
+        name += f"-{Path(task).stem}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
 
 

@@ -13,6 +13,7 @@ import pytest
 from lib import PROJECT_ROOT
 from lib.config import SCHEMA, Config, ConfigError, check_key, load_config, parse_config
 from lib.places import locate
+from lib.runfolder import default_name
 from lib.task import load_task
 
 NOT_RUNS = ("prices.yaml", "schedule.yaml", "judges.yaml")  # what else lies in configs/
@@ -114,7 +115,7 @@ def test_an_impossible_combination_says_what_to_change(values: dict[str, Any], f
         ("- task", "must hold a mapping"),
         ("task: {name: [", "is not valid YAML"),
         ("training: {steps: 2}", "task: Field required"),
-        ("task: decisions", "task: "),
+        ("task: [decisions]", "task: "),
     ],
 )
 def test_a_file_that_is_no_config_says_what_it_must_be(tmp_path: Path, text: str, told: str) -> None:
@@ -351,3 +352,77 @@ def test_a_key_without_its_section_is_found_in_the_tree() -> None:
     with pytest.raises(ConfigError) as caught:
         check_key("learning_rate")
     assert "training.learning_rate" in str(caught.value)
+
+
+# -- another task -----------------------------------------------------------------------------------------------------
+
+GENERAL = """
+task: {name: decisions, tau: 0.5}
+model:
+  name: one
+  revision: abc
+  overrides: {functions: three, wordle: {name: two, revision: null}, mine: four}
+"""
+
+
+def test_a_swapped_task_drops_the_fields_of_the_old_one_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = file(tmp_path, GENERAL)
+    config = load_config(path, {"task.length": 3, "task": "wordle"})
+    assert config.task.name == "wordle" and config.task.params == {"length": 3}
+    assert "task wordle instead of decisions: dropped its fields tau" in caplog.text
+    caplog.clear()
+    assert load_config(path, {"task": "decisions"}).task.params == {"tau": 0.5} and not caplog.text
+
+
+@pytest.mark.parametrize("task", ["coding", "functions", "wordle"])
+def test_any_config_takes_any_task(task: str) -> None:
+    for path in CONFIGS:
+        config = load_config(path, {"task": task})
+        load_task(config.task.name, **config.task.params)
+        assert parse_config(config.as_json()) == config
+
+
+def test_the_model_goes_with_the_task_and_what_is_given_by_hand_is_stronger(tmp_path: Path) -> None:
+    path = file(tmp_path, GENERAL)
+
+    def model(**overrides: Any) -> tuple[str, str | None]:
+        config = load_config(path, {key.replace("__", "."): value for key, value in overrides.items()})
+        assert config.model.overrides == {}  # a run's config holds what it runs with
+        return config.model.name, config.model.revision
+
+    assert model() == ("one", "abc")
+    assert model(task="functions") == ("three", "abc")
+    assert model(task="wordle") == ("two", None)
+    assert model(task="their/mine.py") == ("four", "abc")
+    assert model(task="wordle", model__name="by hand") == ("by hand", None)
+    assert model(task="coding", model__overrides__coding="five") == ("five", "abc")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("{wordle: {nme: two}}", r"wordle\.nme: unknown key\. Did you mean 'name'\?"),
+        ("{wordle: {overrides: {}}}", r"wordle\.overrides: unknown key"),
+        ("{wordle: 3}", r"model\.overrides"),
+        ("wordle", r"model\.overrides"),
+    ],
+)
+def test_models_by_task_are_checked_whichever_task_runs(tmp_path: Path, overrides: str, told: str) -> None:
+    path = file(tmp_path, f"task: decisions\nmodel: {{overrides: {overrides}}}\n")
+    for task in ("decisions", "wordle"):
+        with pytest.raises(ConfigError, match=told):
+            load_config(path, {"task": task})
+
+
+def test_a_task_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
+    config = load_config(file(tmp_path, "task: coding\n"), {"task.path": "rows.jsonl"})
+    assert config.task.name == "coding" and config.task.params == {"path": "rows.jsonl"}
+
+
+def test_a_run_of_a_swapped_task_has_a_name_of_its_own() -> None:
+    assert default_name("configs/decisions.yaml", "decisions") == "decisions"
+    assert default_name("configs/decisions.yaml", "wordle") == "decisions-wordle"
+    assert default_name("configs/general.yaml", "their/gsm8k.py") == "general-gsm8k"
+    assert default_name("configs/no_such.yaml", "wordle") == "no_such"

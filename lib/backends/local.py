@@ -290,7 +290,8 @@ def trl_arguments(config: Config, run: Run, checkpointing: bool) -> dict[str, An
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "use_vllm": sampling.engine == "vllm",
-        "vllm_gpu_memory_utilization": 0.5,
+        "vllm_gpu_memory_utilization": sampling.vllm.memory_share,
+        "vllm_max_model_length": sampling.vllm.max_length,
         "vllm_importance_sampling_mode": "token_truncate",  # the default can zero whole answers
         "trust_remote_code": config.model.trust_remote_code,
         "seed": training.seed,
@@ -330,7 +331,10 @@ def _make_trainer(config: Config, model: Any, tokenizer: Any, kept: Sequence[int
     logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)
     checkpointing = models.gradient_checkpointing(config.model, model)
     if config.sampling.engine == "vllm":
-        logger.info("engine: starting vLLM, which takes half of the GPU's memory; the first start takes minutes")
+        logger.info(
+            "engine: starting vLLM, which takes %.0f %% of the GPU's memory; the first start takes minutes",
+            100 * config.sampling.vllm.memory_share,
+        )
     trainer = make_trainer_class()(
         model=model,
         reward_funcs=finished_reward,

@@ -1,0 +1,43 @@
+"""The config: one tree, every default once, and checks that say what to change.
+
+Owns names, defaults and impossible combinations. Must not know any implementation.
+
+    python -c "from lib.config import load_config; print(load_config('configs/decisions.yaml').training.learning_rate)"
+"""
+
+from lib.config.evaluation import EndpointSection, EvaluationSection
+from lib.config.reading import (
+    HOW_ASKED,
+    ConfigError,
+    UniqueKeys,
+    check_key,
+    known_keys,
+    load_config,
+    own_task,
+    parse_config,
+)
+from lib.config.section import Section
+from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
+from lib.config.tree import SCHEMA, Config, TaskSection
+
+__all__ = [
+    "HOW_ASKED",
+    "SCHEMA",
+    "Config",
+    "ConfigError",
+    "EndpointSection",
+    "EvaluationSection",
+    "LoraSection",
+    "ModelSection",
+    "SamplingSection",
+    "Section",
+    "StarterSection",
+    "TaskSection",
+    "TrainingSection",
+    "UniqueKeys",
+    "check_key",
+    "known_keys",
+    "load_config",
+    "own_task",
+    "parse_config",
+]

@@ -1,0 +1,142 @@
+"""The whole tree, and its small sections: task, data, rewards, tracker, cost, Modal's containers, paths."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from lib.config.evaluation import EvaluationSection
+from lib.config.section import Positive, Section
+from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
+from lib.gpu import NONE, parse_gpu
+
+SCHEMA = 1
+
+
+class TaskSection(Section):
+    """Which task, and the values of its fields (checked by `load_task`, not here)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str
+    """A file name in lib/tasks, or the path of your own .py file."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    write_back: bool = False
+    """Also write the converted tables beside their sources."""
+
+
+class RewardsSection(Section):
+    max_unscored: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of rollouts that may stay unscored in one step, or one evaluation, before it stops."""
+
+
+class TrackerSection(Section):
+    name: Literal["none", "wandb", "trackio"] = "none"
+    project: str = "grpo-workbench"
+    run: str | None = None
+    """None = the run's name."""
+
+
+class CostSection(Section):
+    budget_usd: Positive | None = None
+    """Training stops after a checkpoint before the run's bill is over this; None = no limit."""
+    prices: str = "configs/prices.yaml"
+    """The dated price file."""
+
+
+class ModalSection(Section):
+    """The containers that a run gets on Modal."""
+
+    gpu: str | tuple[str, ...] = "A100-40GB"
+    """`H100`, `A100-80GB:4`, `none`; or several, tried in order."""
+    cpu: Annotated[float, Field(ge=0.125, le=64)] = 8.0
+    """Physical cores."""
+    memory: Annotated[float, Field(ge=0.125, le=336)] = 32.0
+    """GiB."""
+    timeout: Annotated[float, Field(ge=0.005, le=24)] = 4.0
+    """Hours that one attempt may take (Modal's limit is 24); the next attempt goes on from the last checkpoint."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """Attempts after the first that ran out of time or crashed; a preempted one does not count."""
+    secrets: tuple[str, ...] = ()
+    """Names of Modal secrets that the run needs."""
+    packages: tuple[str, ...] = ()
+    """More packages for the image, pinned: name==version."""
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu(cls, gpu: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        requests = (gpu,) if isinstance(gpu, str) else gpu
+        parsed = [parse_gpu(text) for text in requests]
+        if not parsed or (None in parsed and len(parsed) > 1) or len(set(parsed)) < len(parsed):
+            raise ValueError(f"name one GPU, several different ones to try in order, or `{NONE}` alone")
+        written = tuple(str(one) if one else NONE for one in parsed)
+        return written[0] if len(written) == 1 else written
+
+    @field_validator("packages")
+    @classmethod
+    def _pinned(cls, packages: tuple[str, ...]) -> tuple[str, ...]:
+        pinned = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?==[\w.+!-]+")
+        loose = [package for package in packages if not pinned.fullmatch(package)]
+        if loose:
+            raise ValueError(f"not pinned: {', '.join(loose)}. Write name==version: a rebuilt image is then the same")
+        return packages
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs to ask for in order; () for none."""
+        requests = (self.gpu,) if isinstance(self.gpu, str) else self.gpu
+        return () if requests == (NONE,) else requests
+
+
+class PathsSection(Section):
+    outputs: str = "outputs"
+    cache: str = "outputs/.cache"
+
+
+class Config(Section):
+    schema_version: int = Field(SCHEMA, alias="schema")
+    task: TaskSection
+    data: DataSection = DataSection()
+    backend: Literal["local"] = "local"
+    where: Literal["here", "modal"] = "here"
+    """modal = notebook 3 trains in a Modal container and this process follows it."""
+    model: ModelSection = ModelSection()
+    starter: StarterSection = StarterSection()
+    lora: LoraSection = LoraSection()
+    sampling: SamplingSection = SamplingSection()
+    training: TrainingSection = TrainingSection()
+    rewards: RewardsSection = RewardsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracker: TrackerSection = TrackerSection()
+    cost: CostSection = CostSection()
+    modal: ModalSection = ModalSection()
+    paths: PathsSection = PathsSection()
+
+    @field_validator("schema_version")
+    @classmethod
+    def _schema(cls, version: int) -> int:
+        if version != SCHEMA:
+            raise ValueError(f"this workbench reads schema {SCHEMA}; update it, or start a new run")
+        return version
+
+    @model_validator(mode="after")
+    def _adapter_or_model(self) -> Config:
+        if self.evaluation.adapter and self.evaluation.model:
+            raise ValueError("evaluation.adapter and evaluation.model exclude each other: give one of them")
+        if self.model.dtype == "float16" and not self.lora.enabled:
+            raise ValueError("full fine-tuning of float16 weights is not stable: set model.dtype to float32 or auto")
+        if self.lora.expert_parameters not in ("auto", ()) and self.lora.dropout:
+            raise ValueError("lora.expert_parameters needs lora.dropout 0 (PEFT cannot drop out of bare tensors)")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """The resolved config as plain JSON values, as `config.json` holds it."""
+        return self.model_dump(mode="json", by_alias=True)
