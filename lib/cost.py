@@ -34,7 +34,7 @@ PRICES = PROJECT_ROOT / "configs" / "prices.yaml"
 FOLDER = "cost"
 USAGE = "usage.jsonl"
 
-SERVICES = ("judge", "sandboxes")
+SERVICES = ("judge", "endpoint", "sandboxes")
 """What is paid by use, and not by the hour of an attempt."""
 ROLES = ("cold start", "gpu", "cpu", "here", "idle", *SERVICES)
 """Every line that a bill or a quote can have, in the order in which they are shown."""
@@ -151,6 +151,17 @@ def rates(resources: Resources, prices: Prices) -> dict[str, float]:
     if gpu.name not in prices.gpu:
         raise CostError(f"no price for the GPU {gpu.name}: add `{gpu.name}: USD per hour` under `gpu` in {prices.file}")
     return {"gpu": gpu.number * prices.gpu[gpu.name], **cpu}
+
+
+def priced_as(prices: Prices, model: str) -> str | None:
+    """The id under which the price file knows a model: its own, or the one that it is a dated snapshot of."""
+    name = model.removeprefix("models/")
+    return next((known for known in (name, undated(name)) if known in prices.tokens), None)
+
+
+def undated(model: str) -> str:
+    """gpt-5-mini-2026-08-07 -> gpt-5-mini."""
+    return re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
 
 
 def token_price(prices: Prices, model: str, input_tokens: int, output_tokens: int) -> float:

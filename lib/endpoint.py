@@ -16,9 +16,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from lib.calls import Caller, CallError, CallRefused, Choice, Completion, Service, Spent, sendable_message
+from lib.calls import Caller, CallError, CallRefused, Choice, Completion, Service, Spent, Tokens, sendable_message
 from lib.config import EndpointSection, EvaluationSection
+from lib.cost import load_prices, priced_as, record_usage, token_price
 from lib.judge.settings import takes_temperature
+from lib.places import RUN
 from lib.task import Message, Turn
 
 SETTING = "evaluation.endpoint"
@@ -65,6 +67,8 @@ class EndpointPolicy(Caller):
         self.used = Used()
         """So far."""
         self._sampling = sampling_sent(settings, completion_limit, greedy)
+        self._prices = load_prices()
+        self._price = priced_as(self._prices, self.service.model)
 
     def check(self) -> None:
         """Raises EndpointRefused where the environment variable with the key is not set."""
@@ -78,6 +82,11 @@ class EndpointPolicy(Caller):
     async def __call__(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
         """The answer to a conversation. Raises EndpointError."""
         self.check()
+        if self._price is None and not _is_here(self.service.base_url):
+            self.tell(
+                f"endpoint: no token price for {self.service.model!r}, so nobody knows what it costs: add it under "
+                f"`tokens` in {self._prices.file} (0 where it costs nothing)"
+            )
         request = {"model": self.service.model, "messages": wire_messages(messages), **self._sampling}
         if tools:
             request["tools"] = list(tools)
@@ -94,13 +103,25 @@ class EndpointPolicy(Caller):
         return self._refusal
 
     def _count(self, spent: Spent, completion: Completion | None) -> None:
-        tokens = completion.usage if completion else None
+        """Into the totals, and into the run's bill: with 0 USD and `priced: false` where no price is known."""
+        tokens = (completion.usage if completion else None) or Tokens()
         self.used = Used(
             self.used.answers + (completion is not None),
             self.used.requests + spent.attempts,
-            self.used.input_tokens + (tokens.prompt_tokens if tokens else 0),
-            self.used.output_tokens + (tokens.completion_tokens if tokens else 0),
+            self.used.input_tokens + tokens.prompt_tokens,
+            self.used.output_tokens + tokens.completion_tokens,
         )
+        run = os.environ.get(RUN)
+        if run and spent.attempts:
+            took = tokens.prompt_tokens, tokens.completion_tokens
+            usd = token_price(self._prices, self._price, *took) if self._price else 0.0
+            what = {"model": self.service.model, "priced": self._price is not None}
+            what |= {"input_tokens": took[0], "output_tokens": took[1]}
+            record_usage(run, "endpoint", usd, **what, retries=spent.attempts - 1, answered=completion is not None)
+
+
+def _is_here(base_url: str) -> bool:
+    return urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def service_of(endpoint: EndpointSection) -> Service:

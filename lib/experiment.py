@@ -96,7 +96,7 @@ def read_experiment(file: Path | None = None) -> Experiment:
 
 def secret_names(config: Config) -> list[str]:
     """The secrets that a run uses: those that the config names, and what its tracker and its model may need."""
-    names = [*config.modal.secrets, *_of_the_task(config)]
+    names = [*config.modal.secrets, *_of_the_run(config)]
     if config.tracker.name == "wandb":
         names.append("wandb-secret")
     if config.model.name != "starter":
@@ -108,7 +108,7 @@ def find_secrets(config: Config) -> dict[str, modal.Secret]:
     """Modal's secret of each name, else one made from `.env` and the shell. Raises ExperimentError for missing ones."""
     found: dict[str, modal.Secret] = {}
     missing: list[str] = []
-    keys = KEYS | _of_the_task(config)
+    keys = KEYS | _of_the_run(config)
     for name in secret_names(config):
         secret = _secret(name, keys.get(name))
         if secret is not None:
@@ -130,11 +130,13 @@ def refuse_secrets(texts: Mapping[str, str]) -> None:
             )
 
 
-def _of_the_task(config: Config) -> dict[str, str]:
-    """Secret name -> environment variable, for what the task's scoring needs; unusual variables name their secret."""
+def _of_the_run(config: Config) -> dict[str, str]:
+    """Secret name -> environment variable, for scoring and an endpoint; unusual variables name their secret."""
     usual = {key: name for name, key in KEYS.items()}
     task = load_task(config.task.name, **config.task.params)
-    return {usual.get(key, key.lower().replace("_", "-")): key for key in task.env_keys()}
+    endpoint = config.evaluation.endpoint.key
+    keys = [*task.env_keys(), *([endpoint] if endpoint else [])]
+    return {usual.get(key, key.lower().replace("_", "-")): key for key in keys}
 
 
 def _secret(name: str, key: str | None) -> modal.Secret | None:

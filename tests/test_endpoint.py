@@ -106,6 +106,24 @@ def test_the_most_likely_answer_is_asked_for_with_temperature_0_and_nothing_else
     assert body == {"model": "someone/model-1", "messages": [user("hello")], "max_tokens": 99, "temperature": 0.0}
 
 
+@pytest.mark.parametrize(("model", "priced"), [("gpt-4o-mini-2024-07-18", True), ("someone/model-1", False)])
+def test_what_an_answer_took_is_in_the_runs_bill(
+    server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, priced: bool
+) -> None:
+    monkeypatch.setenv("WORKBENCH_RUN", str(tmp_path))
+    server.control(faults={"server_error": 1.0})
+    with pytest.raises(EndpointError):
+        ask(policy(server, endpoint={"model": model, "attempts": 2}))
+    server.control(faults={})
+    asked = policy(server, endpoint={"model": model})
+    ask(asked)
+    failed, answered = read_lines(tmp_path / "cost" / "usage.jsonl")
+    assert (failed["role"], failed["answered"], failed["usd"], failed["retries"]) == ("endpoint", False, 0.0, 1)
+    assert answered["input_tokens"] == asked.used.input_tokens > 0 and answered["priced"] == priced
+    usd = (0.15 * asked.used.input_tokens + 0.60 * asked.used.output_tokens) / 1e6 if priced else 0.0
+    assert answered["usd"] == pytest.approx(usd)
+
+
 def test_tool_calls_come_in_the_message_with_their_arguments_as_written(server: ChatServer) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1'}}
     server.control(replies=[{"content": None, "tool_calls": [call]}])

@@ -157,6 +157,13 @@ def test_secrets_are_those_of_the_config_the_tracker_and_the_model_each_once() -
     assert secret_names(parse_config(values)) == ["openai-secret", "wandb-secret", "mine", "huggingface-secret"]
 
 
+def test_an_endpoint_brings_the_secret_of_its_key() -> None:
+    endpoint = {"base_url": "https://example.org/v1", "model": "m"}
+    for key, name in (("OPENAI_API_KEY", "openai-secret"), ("THEIR_KEY", "their-key")):
+        values = {"task": {"name": "decisions"}, "evaluation": {"endpoint": {**endpoint, "key": key}}}
+        assert secret_names(parse_config(values)) == [name]
+
+
 def test_optional_secrets_are_known_ones() -> None:
     assert set(OPTIONAL) <= set(KEYS)
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lib.calls import Caller, Choice, Completion, Message, Service, Spent, Tokens, sendable_message
-from lib.cost import Usage, load_prices, record_usage, token_price
+from lib.cost import Usage, load_prices, priced_as, record_usage, token_price
 from lib.judge.errors import JudgeError, JudgeRefused, Reply, UselessReply
-from lib.judge.settings import JudgeSettings, check_budget, check_key, price_id, retirement_warnings
+from lib.judge.settings import JudgeSettings, check_budget, check_key, retirement_warnings
 from lib.places import RUN
 
 
@@ -61,7 +61,7 @@ class Judge(Caller):
         )
         self.settings = settings
         self._prices = load_prices()
-        self._price = price_id(settings, self._prices)
+        self._price = priced_as(self._prices, settings.model_id)
         self.usage = Totals(usd=None if self._price is None else 0.0)
         """So far, in this process."""
         self._bills: dict[str, Usage] = {}

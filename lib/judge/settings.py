@@ -17,15 +17,13 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lib import PROJECT_ROOT
-from lib.cost import Prices, load_prices
+from lib.cost import Prices, load_prices, priced_as, undated
 from lib.judge.errors import JudgeRefused
 
 JUDGES = PROJECT_ROOT / "configs" / "judges.yaml"
 
 WARN_DAYS = 90
 """Days before an id's end from which on it is warned of."""
-
-_DATED = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 
 class Provider(NamedTuple):
@@ -215,17 +213,11 @@ def check_key(settings: JudgeSettings) -> None:
 
 def check_budget(settings: JudgeSettings, prices: Prices) -> None:
     """Raises JudgeRefused for a spend limit that cannot be kept, since nobody knows what a call costs."""
-    if settings.budget_usd is not None and price_id(settings, prices) is None:
+    if settings.budget_usd is not None and priced_as(prices, settings.model_id) is None:
         raise JudgeRefused(
             f"judge: task.judge.budget_usd {settings.budget_usd:g} cannot be kept without a price: add "
             f"`{settings.model_id}: {{input: USD, output: USD}}` (per million tokens) under `tokens` in {prices.file}"
         )
-
-
-def price_id(settings: JudgeSettings, prices: Prices) -> str | None:
-    """The id under which the price file knows the model: its own, or the one that it is a dated snapshot of."""
-    model = settings.model_id.removeprefix("models/")
-    return next((name for name in (model, _DATED.sub("", model)) if name in prices.tokens), None)
 
 
 def retirement_warnings(settings: JudgeSettings, today: datetime.date | None = None) -> list[str]:
@@ -235,7 +227,7 @@ def retirement_warnings(settings: JudgeSettings, today: datetime.date | None = N
     """
     today = today or datetime.date.today()
     known, model = load_catalogue().retirements, settings.model_id.removeprefix("models/")
-    end = known.get(model) or known.get(_DATED.sub("", model))
+    end = known.get(model) or known.get(undated(model))
     if settings.base_url or settings.provider not in ("openai", "gemini") or end is None:
         return []
     where = f"the {PROVIDERS[settings.provider].title} API on {end.ends.day} {end.ends:%B %Y}"
