@@ -6,10 +6,10 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl lab check lock lock-check clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
 
 setup: ## install everything into .venv from one lock (quick when nothing changed)
 	@bash requirements/setup.sh
@@ -23,6 +23,17 @@ test: setup ## the tests (ARGS="-k ledger" for some)
 
 learn-coding: setup ## GRPO on one-line functions in the sandbox: held-out pass rate before and after (about 10 minutes)
 	@$(python) -m lib.run all configs/coding_templates.yaml $(ARGS)
+
+learn-wordle: setup ## GRPO on Wordle with 3 letters: held-out win rate before and after (about 9 minutes)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) benchmarks/wordle_gain.py $(ARGS)
+
+learn-functions: setup ## GRPO on short function calls: held-out exact match before and after (about 10 minutes)
+	@$(python) -m lib.run all configs/functions_toy.yaml $(ARGS)
+
+test-bfcl: setup ## 20,000 seeded mutations against bfcl-eval in an environment of its own (build/bfcl)
+	@test -x build/bfcl/bin/python || $(python) -m venv build/bfcl
+	@build/bfcl/bin/python -m pip install -q --no-deps bfcl-eval==2026.3.23
+	@PYTHONPATH=. $(python) tests/bfcl_parity.py --python build/bfcl/bin/python $(ARGS)
 
 lab: setup ## JupyterLab on the notebooks
 	@$(python) -m jupyter lab $(lab_flags) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(ARGS)

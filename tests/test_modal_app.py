@@ -15,6 +15,7 @@ from jupyter_lab import lab
 from runners import CONFIG, LEDGER, NOTEBOOK, TASK, same_results
 
 from lib.cost import load_prices
+from lib.remote import LARGEST_IN_ALL
 
 SMOKE = "configs/smoke/decisions.yaml"
 CANARY = "sk-canary-7f3a91c2e5d84b60"
@@ -95,7 +96,7 @@ def test_the_container_gets_the_code_and_the_named_files_and_nothing_else(carele
     assert not [path for path in mounted if "__pycache__" in path or "/." in path]
     assert not [path for path in mounted if path.startswith(tuple(VOLUMES))]  # a mount path must be empty in the image
     sizes = [(cloud.folder / path.removeprefix("/root/")).stat().st_size for path in mounted]
-    assert sum(sizes) <= 1_000_000
+    assert sum(sizes) <= LARGEST_IN_ALL
 
 
 def test_no_secret_is_anywhere_but_in_its_channel(careless: Path, cloud: Cloud) -> None:
