@@ -1,7 +1,7 @@
 """The official BFCL verdict on calls, re-stated: counts, names, required parameters, types, values; and partial credit.
 
-Source: bfcl-eval 2026.3.23, eval_checker/ast_eval/ast_checker.py (Apache-2.0), quirks included: its tests are 20,000
-mutations that both judge (tests/bfcl_parity.py). Where the official checker raises, the verdict here is a fail.
+The verdicts are those of bfcl-eval 2026.3.23, quirks included: both judge 20,000 mutations in tests/bfcl_parity.py.
+Where the official checker raises, the verdict here is a fail.
 Must not know rows, prompts, or how calls are written in an answer.
 
     python -c "from lib.tasks._functions_check import standard; print(standard('April 1, 2024'))"
@@ -10,10 +10,10 @@ Must not know rows, prompts, or how calls are written in an answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lib.tasks._functions_source import INNER, TYPES, SourceError, from_source
+from lib.tasks._functions_source import TYPES, SourceError, from_source
 
 Language = Literal["python", "java", "javascript"]
 Function = Mapping[str, Any]
@@ -24,15 +24,14 @@ Answer = Mapping[str, Mapping[str, Sequence[Any]]]
 PYTHON: dict[str, type] = {
     "string": str,
     "integer": int,
-    "float": float,
     "boolean": bool,
-    "array": list,
-    "tuple": list,
-    "dict": dict,
+    "float": float,
     "any": str,
+    "dict": dict,
+    **dict.fromkeys(("array", "tuple"), list),
 }
-_NESTED = ("array", "tuple")
-_DROPPED = str.maketrans("", "", " ,./-_*^")
+_SPELLING = str.maketrans("'", '"', " ,./-_*^")
+"""What does not count in a text: the kind of quotation mark, and these characters at all."""
 _NOT_EXACT = 0.9
 """The most that partial credit gives: an exact answer always earns more."""
 
@@ -133,20 +132,23 @@ def check_call(
     function: Function, call: Call, accepted: Mapping[str, Sequence[Any]], language: Language, underscores: bool
 ) -> Problem | None:
     """The first thing that is wrong with one call; None = right."""
-    name = shown_name(function["name"], underscores)
+    return next(_call_problems(function, call, accepted, language, underscores), None)
+
+
+def _call_problems(
+    function: Function, call: Call, accepted: Mapping[str, Sequence[Any]], language: Language, underscores: bool
+) -> Iterator[Problem]:
+    """In the official order: the name, what is missing, what is given, what may not be left out."""
+    kind = "simple_function_checker"
+    name, given = shown_name(function["name"], underscores), call.arguments
     if call.name != name:
-        return Problem("simple_function_checker:wrong_func_name", f"{call.name!r:.80} called, {name!r} expected")
-    for parameter in function["parameters"]["required"]:
-        if parameter not in call.arguments:
-            return Problem("simple_function_checker:missing_required", f"required parameter {parameter!r} is missing")
-    for parameter, value in call.arguments.items():
-        problem = check_argument(function, parameter, value, accepted, language)
-        if problem:
-            return problem
-    for parameter, values in accepted.items():
-        if parameter not in call.arguments and "" not in values:
-            return Problem("simple_function_checker:missing_optional", f"parameter {parameter!r} may not be left out")
-    return None
+        yield Problem(f"{kind}:wrong_func_name", f"{call.name!r:.80} called, {name!r} expected")
+    for missing in (one for one in function["parameters"]["required"] if one not in given):
+        yield Problem(f"{kind}:missing_required", f"required parameter {missing!r} is missing")
+    checks = (check_argument(function, one, value, accepted, language) for one, value in given.items())
+    yield from (found for found in checks if found)
+    for left_out in (one for one, values in accepted.items() if one not in given and "" not in values):
+        yield Problem(f"{kind}:missing_optional", f"parameter {left_out!r} may not be left out")
 
 
 def check_argument(
@@ -158,7 +160,7 @@ def check_argument(
         return Problem("simple_function_checker:unexpected_param", f"unexpected parameter {parameter!r:.80}")
     kind = spec["type"]
     expected = known_types(language)[kind]
-    nested = spec["items"]["type"] if kind in (_NESTED if language == "python" else INNER) else None
+    nested = spec["items"]["type"] if expected is list else None
     inner = None if nested is None else known_types(language)[nested]
     try:
         value = _converted(value, kind, nested, language)
@@ -224,7 +226,7 @@ def _value_problem(value: Any, values: Sequence[Any], expected: type, inner: typ
 
 def standard(text: str) -> str:
     """A text as it is compared: without space and , . / - _ * ^, in lower case, ' as "."""
-    return text.translate(_DROPPED).lower().replace("'", '"')
+    return text.lower().translate(_SPELLING)
 
 
 def _standard_elements(values: Any) -> list[Any] | None:
@@ -249,16 +251,19 @@ def _dict_problem(value: Mapping[str, Any], values: Sequence[Any]) -> str:
 
 def _one_dict_problem(value: Mapping[str, Any], accepted: Mapping[str, Any]) -> str:
     """One level deep: {key: [accepted values]}; what lies below is compared as it is."""
-    for key, expected in accepted.items():
-        if key not in value and (not isinstance(expected, (list, str)) or "" not in expected):
-            return "value_error:dict_key"
-    for key, given in value.items():
-        if key not in accepted:
-            return "value_error:dict_key"
-        known = _standard_elements(accepted[key])
-        if known is None or (standard(given) if type(given) is str else given) not in known:
-            return "value_error:dict_value"
-    return ""
+    absent = (known for key, known in accepted.items() if key not in value)
+    if not all(isinstance(known, (list, str)) and "" in known for known in absent):
+        return "value_error:dict_key"
+    problems = (_member_problem(given, accepted, key) for key, given in value.items())
+    return next(filter(None, problems), "")
+
+
+def _member_problem(given: Any, accepted: Mapping[str, Any], key: str) -> str:
+    if key not in accepted:
+        return "value_error:dict_key"
+    known = _standard_elements(accepted[key])
+    plain = standard(given) if type(given) is str else given
+    return "value_error:dict_value" if known is None or plain not in known else ""
 
 
 def _dicts_problem(value: Sequence[Any], values: Sequence[Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -215,7 +216,7 @@ def _python_calls(text: str) -> list[Call]:
         body = ast.parse(text, mode="eval").body
         nodes = body.elts if isinstance(body, ast.List) else [body]
         return [_python_call(node) for node in nodes]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # MemoryError: the parser's own stack
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError) as error:  # the last: its stack
         raise _Malformed(f"no Python call: {type(error).__name__}") from None
 
 
@@ -235,38 +236,47 @@ def _python_call(node: ast.expr) -> Call:
 
 
 def _dotted(node: ast.expr) -> str:
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return ".".join(reversed([*parts, node.id] if isinstance(node, ast.Name) else parts))
+    """A called name with its dots; of what is no name before a dot, nothing (as officially)."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}".removeprefix(".")
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _value(node: ast.expr) -> Any:
     """A literal's value. A bare name is a text, as officially; arithmetic with plain numbers is calculated."""
-    if isinstance(node, ast.Constant):
-        if node.value is None or isinstance(node.value, (str, int, float)):
-            return node.value
-        return "..." if node.value is Ellipsis else _refuse(node)
-    if isinstance(node, (ast.List, ast.Tuple)):
-        values = [_value(one) for one in node.elts]
-        return values if isinstance(node, ast.List) else tuple(values)
-    if isinstance(node, ast.Dict):
-        return {str(_value(key)) if key else _refuse(node): _value(one) for key, one in _pairs(node)}
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Call):
-        return {_python_call(node).name: _python_call(node).arguments} if node.keywords else ast.unparse(node)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        number = _number(node.operand)
-        return -number if isinstance(node.op, ast.USub) else number
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-        return _OPERATIONS[type(node.op)](_number(node.left), _number(node.right))
-    return _refuse(node)
+    return _READERS.get(type(node), _refuse)(node)
 
 
-def _pairs(node: ast.Dict) -> Sequence[tuple[ast.expr | None, ast.expr]]:
-    return list(zip(node.keys, node.values, strict=True))
+def _constant(node: ast.Constant) -> Any:
+    if node.value is Ellipsis:
+        return "..."
+    return node.value if isinstance(node.value, (str, int, float, type(None))) else _refuse(node)
+
+
+def _mapping(node: ast.Dict) -> dict[str, Any]:
+    if None in node.keys:  # {**other}
+        _refuse(node)
+    return {str(_value(key)): _value(one) for key, one in zip(node.keys, node.values, strict=True) if key}
+
+
+def _called(node: ast.Call) -> Any:
+    """A call among the arguments: its text, or {name: arguments} where it has named ones (as officially)."""
+    if not node.keywords:
+        return ast.unparse(node)
+    call = _python_call(node)
+    return {call.name: call.arguments}
+
+
+def _signed(node: ast.UnaryOp) -> int | float:
+    if not isinstance(node.op, (ast.USub, ast.UAdd)):
+        _refuse(node)
+    number = _number(node.operand)
+    return number if isinstance(node.op, ast.UAdd) else -number
+
+
+def _calculated(node: ast.BinOp) -> Any:
+    operation = _OPERATIONS.get(type(node.op))
+    return _refuse(node) if operation is None else operation(_number(node.left), _number(node.right))
 
 
 def _number(node: ast.expr) -> int | float:
@@ -276,17 +286,21 @@ def _number(node: ast.expr) -> int | float:
     return value
 
 
-def _divide(left: float, right: float) -> float:
-    if right == 0:
-        raise _Malformed("division by zero")
-    return left / right
-
-
 _OPERATIONS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: lambda left, right: left + right,
-    ast.Sub: lambda left, right: left - right,
-    ast.Mult: lambda left, right: left * right,
-    ast.Div: _divide,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_READERS: Mapping[type[ast.expr], Callable[[Any], Any]] = {
+    ast.Constant: _constant,
+    ast.Name: lambda node: node.id,
+    ast.List: lambda node: [_value(one) for one in node.elts],
+    ast.Tuple: lambda node: tuple(_value(one) for one in node.elts),
+    ast.Dict: _mapping,
+    ast.Call: _called,
+    ast.UnaryOp: _signed,
+    ast.BinOp: _calculated,
 }
 
 

@@ -215,8 +215,8 @@ def test_no_literal_takes_long_to_read(text: str, kind: str, language: str) -> N
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize("text", ["[" * 3 + "]" * 13, "x" * 5_000, "x" + " " * 100, 5, None])
-def test_a_literal_that_would_take_long_is_refused(text: Any) -> None:
+@pytest.mark.parametrize("text", [5, None])
+def test_what_is_no_text_is_no_literal(text: Any) -> None:
     with pytest.raises(SourceError):
         from_source(text, "array", "String", "javascript")
 
