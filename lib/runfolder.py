@@ -260,6 +260,8 @@ def open_run(name: str, config: Config, default: str | Path = "") -> Run:
         run.check_config()
     write_json(existing, config.as_json())
     start_logging(folder / "log.txt")
+    for note in config.notes:
+        logger.info("config: %s", note)
     os.environ[RUN] = str(folder)
     _record_provenance(run)
     return run

@@ -49,7 +49,7 @@ def test_every_config_loads_and_so_does_its_task(path: Path) -> None:
 def test_the_resolved_config_is_json_and_loads_to_itself() -> None:
     for path in CONFIGS:
         config = load_config(path)
-        assert parse_config(config.as_json()) == config
+        assert parse_config(config.as_json()).as_json() == config.as_json()
         assert config.as_json()["schema"] == SCHEMA
 
 
@@ -327,7 +327,16 @@ def test_absolute_paths_and_the_home_folder_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["training", "training.steps", "task.name", "task.anything.at.all", "schema", "backend"]
+    "key",
+    [
+        "training",
+        "training.steps",
+        "task",
+        "task.anything.at.all",
+        "model.overrides.functions.name",
+        "schema",
+        "backend",
+    ],
 )
 def test_a_known_key_passes(key: str) -> None:
     check_key(key)
@@ -361,19 +370,23 @@ task: {name: decisions, tau: 0.5}
 model:
   name: one
   revision: abc
-  overrides: {functions: three, wordle: {name: two, revision: null}, mine: four}
+  trust_remote_code: true
+  overrides: {functions: three, wordle: {name: two, revision: def, trust_remote_code: true}, mine: four}
 """
 
 
-def test_a_swapped_task_drops_the_fields_of_the_old_one_with_a_note(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("given", [{"task": "wordle"}, {"task.name": "wordle"}, {"task": {"name": "wordle"}}])
+def test_a_swapped_task_drops_the_fields_of_the_old_one_and_notes_it(tmp_path: Path, given: dict[str, Any]) -> None:
     path = file(tmp_path, GENERAL)
-    config = load_config(path, {"task.length": 3, "task": "wordle"})
+    config = load_config(path, {"task.length": 3, **given})
     assert config.task.name == "wordle" and config.task.params == {"length": 3}
-    assert "task wordle instead of decisions: dropped its fields tau" in caplog.text
-    caplog.clear()
-    assert load_config(path, {"task": "decisions"}).task.params == {"tau": 0.5} and not caplog.text
+    assert config.notes[0] == "task wordle instead of decisions: dropped its fields tau"
+    assert load_config(path, {"task": "decisions"}).task.params == {"tau": 0.5}
+
+
+def test_a_task_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.name"):
+        load_config(file(tmp_path, GENERAL), {"task": ""})
 
 
 @pytest.mark.parametrize("task", ["coding", "functions", "wordle"])
@@ -381,23 +394,33 @@ def test_any_config_takes_any_task(task: str) -> None:
     for path in CONFIGS:
         config = load_config(path, {"task": task})
         load_task(config.task.name, **config.task.params)
-        assert parse_config(config.as_json()) == config
+        assert parse_config(config.as_json()).as_json() == config.as_json()
 
 
 def test_the_model_goes_with_the_task_and_what_is_given_by_hand_is_stronger(tmp_path: Path) -> None:
     path = file(tmp_path, GENERAL)
 
-    def model(**overrides: Any) -> tuple[str, str | None]:
+    def model(**overrides: Any) -> tuple[str, str | None, bool]:
         config = load_config(path, {key.replace("__", "."): value for key, value in overrides.items()})
         assert config.model.overrides == {}  # a run's config holds what it runs with
-        return config.model.name, config.model.revision
+        return config.model.name, config.model.revision, config.model.trust_remote_code
 
-    assert model() == ("one", "abc")
-    assert model(task="functions") == ("three", "abc")
-    assert model(task="wordle") == ("two", None)
-    assert model(task="their/mine.py") == ("four", "abc")
-    assert model(task="wordle", model__name="by hand") == ("by hand", None)
-    assert model(task="coding", model__overrides__coding="five") == ("five", "abc")
+    assert model() == ("one", "abc", True)
+    # Another name is another repository: the old one's revision, and the trust in its code, stay behind.
+    assert model(task="functions") == ("three", None, False)
+    assert model(task="wordle") == ("two", "def", True)
+    assert model(task="their/mine.py") == ("four", None, False)
+    assert model(task="wordle", model__name="by hand") == ("by hand", None, False)
+    assert model(task="wordle", model={"name": "by hand", "revision": "r"}) == ("by hand", "r", False)
+    assert model(task="wordle", model__revision="r") == ("two", "r", True)
+    assert model(task="coding", model__overrides__coding="five") == ("five", None, False)
+    assert model(model__name="one") == ("one", "abc", True)
+
+
+def test_a_model_that_came_with_the_task_is_noted(tmp_path: Path) -> None:
+    notes = load_config(file(tmp_path, GENERAL), {"task": "functions"}).notes
+    assert notes[1] == "model.overrides: {'name': 'three'} for the task functions"
+    assert load_config(file(tmp_path, GENERAL)).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,35 @@ sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
     )
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout and "python -m lib.run all configs/decisions.yaml" in done.stdout
+
+
+# -- another task on the command line ---------------------------------------------------------------------------------
+
+
+def test_a_swapped_task_runs_in_a_run_of_its_own_and_its_notes_are_in_the_log(tmp_path: Path) -> None:
+    """As a user does it, notebook and all: wordle in the decisions task's config."""
+    small = [
+        "task.length=3",
+        "task.path=configs/examples/wordle/three.txt",
+        "task.openings=1",
+        "model.overrides.wordle=w",
+    ]
+    command = [sys.executable, "-m", "lib.run", "1_data_prep", SMOKE, "-p", "task=wordle"]
+    for text in [
+        *small,
+        "model.name=starter",
+        "starter.steps=2",
+        f"paths.outputs={tmp_path}",
+        f"paths.cache={tmp_path / 'cache'}",
+    ]:
+        command += ["-p", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "smoke-decisions-wordle"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["task"]["name"] == "wordle" and "tau" not in config["task"] and config["model"]["name"] == "starter"
+    log = (folder / "log.txt").read_text()
+    assert "task wordle instead of decisions: dropped its fields generate_rows, tau" in log
+    assert "model.overrides: {'name': 'w'} for the task wordle" in log
+    executed = (folder / "notebooks" / "1_data_prep.ipynb").read_text()
+    assert "task wordle instead of decisions" in executed

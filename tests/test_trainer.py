@@ -463,3 +463,10 @@ def test_an_accepted_config_is_one_that_trl_takes(run: Run, training: dict[str, 
     assert arguments.generation_batch_size == t.batch * t.passes_per_generation
     assert arguments.steps_per_generation == t.passes_per_generation
     assert (arguments.num_generations, arguments.num_iterations) == (t.group_size, t.iterations)
+
+
+def test_the_engine_gets_its_share_of_memory_and_its_longest_context(run: Run) -> None:
+    vllm = {"memory_share": 0.3, "max_length": 4096}
+    config = parse_config({"task": {"name": "decisions"}, "sampling": {"vllm": vllm}})
+    arguments = GRPOConfig(**trl_arguments(config, run, checkpointing=False))
+    assert (arguments.vllm_gpu_memory_utilization, arguments.vllm_max_model_length) == (0.3, 4096)

@@ -20,8 +20,8 @@ class EndpointSection(Section):
     """The id that is sent."""
     key: str = ""
     """The NAME of the environment variable that holds the key; "" = no key."""
-    beside_base: bool = True
-    """False = evaluate this model alone: no weights are loaded here."""
+    beside_base: bool = False
+    """True = compare it with the base of the config, which is loaded here; False = no weights are loaded here."""
     concurrency: Annotated[int, Field(ge=1, le=1000)] = 16
     """Requests in flight at most."""
     timeout: Positive = 120.0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,8 +16,6 @@ from lib.config.tree import Config, TaskSection
 from lib.places import locate
 from lib.task import describe_invalid, nearest
 
-logger = logging.getLogger(__name__)
-
 
 class ConfigError(WorkbenchError, ValueError):
     """The config cannot be used as given; the message says what to change."""
@@ -27,8 +24,8 @@ class ConfigError(WorkbenchError, ValueError):
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """defaults < YAML file < model.overrides of the task < overrides (`{"training.steps": 2}` or nested).
 
-    `{"task": "functions"}` swaps the task: the fields of the file's own task are dropped, with a note. Raises
-    ConfigError.
+    `{"task": "functions"}` swaps the task: the fields of the file's own task are dropped, with a note (`config.notes`,
+    which opening a run logs). Raises ConfigError.
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ConfigError(
@@ -38,13 +35,12 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         )
     values = _read_yaml(locate(path))
     given = {str(key): copy.deepcopy(value) for key, value in (overrides or {}).items()}
-    if isinstance(given.get("task"), str):
-        _swap_task(values, given.pop("task"))
+    notes = [*_swap_task(values, given), *_take_model_of_task(values, given)]
     _set_all(values, given)
-    if _take_model_of_task(values):
-        _set_all(values, given)  # what was given by hand is stronger
     config = parse_config(values, where=str(path))
-    return config.model_copy(update={"model": config.model.model_copy(update={"overrides": {}})})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"overrides": {}})})
+    config._notes = tuple(notes)
+    return config
 
 
 def own_task(path: str | Path) -> str:
@@ -53,33 +49,60 @@ def own_task(path: str | Path) -> str:
     return str(task.get("name", "")) if isinstance(task, dict) else ""
 
 
-def _swap_task(values: dict[str, Any], name: str) -> None:
-    """Another task in the place of the file's own, whose fields mean nothing to it."""
+def _swap_task(values: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Put another task, if one is given, in the place of the file's own, whose fields mean nothing to it: what to note.
+
+    It is given as task=NAME, task.name=NAME or {task: {name: NAME}}.
+    """
+    if isinstance(given.get("task"), str):
+        given["task"] = {"name": given["task"]}
+    nested = given.get("task")
+    name = given.get("task.name", nested.get("name") if isinstance(nested, Mapping) else None)
     old = values.get("task")
     old = old if isinstance(old, dict) else {}
-    if name == old.get("name"):
-        return
-    dropped = sorted(set(old) - {"name"})
-    if dropped:
-        logger.warning("task %s instead of %s: dropped its fields %s", name, old.get("name"), ", ".join(dropped))
+    if name is None or name == old.get("name"):
+        return []
     values["task"] = {"name": name}
+    dropped = sorted(set(old) - {"name"})
+    return [f"task {name} instead of {old.get('name')}: dropped its fields {', '.join(dropped)}"] if dropped else []
 
 
-def _take_model_of_task(values: dict[str, Any]) -> bool:
-    """Put the keys of model.overrides for this task in place; whether there were any."""
-    model, task = values.get("model"), values.get("task")
+def _take_model_of_task(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Put the keys of model.overrides for the task in place; those given by hand are stronger. What to note."""
+    whole = copy.deepcopy(values)
+    _set_all(whole, given)
+    task, model = whole.get("task"), whole.get("model")
     overrides = model.get("overrides") if isinstance(model, dict) else None
-    if not (isinstance(model, dict) and isinstance(overrides, dict) and isinstance(task, dict)):
-        return False
-    name = str(task.get("name"))
-    chosen = overrides.get(name, overrides.get(Path(name).stem))
-    if isinstance(chosen, str):
-        chosen = {"name": chosen}
-    if not isinstance(chosen, dict):
-        return False  # none, or one that the checks refuse
-    logger.info("model.overrides: %s for the task %s", chosen, name)
-    model.update({key: value for key, value in chosen.items() if key != "overrides"})
-    return True
+    notes = []
+    if isinstance(overrides, dict) and isinstance(task, dict):
+        name = str(task.get("name"))
+        chosen = overrides.get(name, overrides.get(Path(name).stem))
+        chosen = {"name": chosen} if isinstance(chosen, str) else chosen
+        if isinstance(chosen, dict):  # else none, or one that the checks refuse
+            chosen = {key: value for key, value in chosen.items() if key != "overrides"}
+            _change_model(values, chosen)
+            notes = [f"model.overrides: {chosen} for the task {name}"]
+    _change_model(values, _model_keys(given))
+    return notes
+
+
+def _change_model(values: dict[str, Any], keys: Mapping[str, Any]) -> None:
+    """Another name is another repository: neither the old one's revision nor the trust in its code goes with it."""
+    model = values.setdefault("model", {})
+    if not isinstance(model, dict):
+        return  # the checks refuse it
+    if "name" in keys and keys["name"] != model.get("name"):
+        model.pop("revision", None)
+        model.pop("trust_remote_code", None)
+    model.update(keys)
+
+
+def _model_keys(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given for the section `model`, dotted or nested, its overrides apart."""
+    nested = given.get("model")
+    keys = dict(nested) if isinstance(nested, Mapping) else {}
+    keys |= {key.removeprefix("model."): value for key, value in given.items() if key.startswith("model.")}
+    return {key: value for key, value in keys.items() if not key.startswith("overrides")}
 
 
 def _set_all(values: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -107,6 +130,8 @@ def check_key(key: str) -> None:
             hint = f" Did you mean {everywhere[key]!r}?" if key in everywhere else nearest(part, list(known))
             raise ConfigError(f"unknown parameter {key!r}.{hint}")
         inner = known[part].annotation
+        if get_origin(inner) is Mapping:
+            return  # its keys are the user's
         model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else BaseModel
 
 

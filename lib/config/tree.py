@@ -20,7 +20,7 @@ class TaskSection(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     """A file name in lib/tasks, or the path of your own .py file."""
 
     @property
@@ -119,6 +119,12 @@ class Config(Section):
     cost: CostSection = CostSection()
     modal: ModalSection = ModalSection()
     paths: PathsSection = PathsSection()
+    _notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the file's own settings on the way, to be told beside the run."""
+        return self._notes
 
     @field_validator("schema_version")
     @classmethod
