@@ -31,6 +31,7 @@ examples:
   python -m lib.run all configs/decisions.yaml                       the whole chain; finished stages are skipped
   python -m lib.run all configs/decisions.yaml -p run_name=long -p training.steps=200
   python -m lib.run notebooks/3_grpo_training.ipynb configs/decisions.yaml
+  python -m lib.run serve configs/decisions.yaml                     the model behind an OpenAI-compatible URL
   python -m lib.run doctor                                           what this machine has, and what is missing
 """
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lib.backends import train_child
 
         return train_child(arguments[1])
+    if arguments[:1] == ["serve"]:
+        return _serve(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
@@ -72,11 +75,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("notebook", help="a notebook, `all` for the chain 1-4, or `doctor`")
+    parser.add_argument("notebook", help="a notebook, `all` for the chain 1-4, `serve`, or `doctor`")
     parser.add_argument("config", help="a YAML file, e.g. configs/decisions.yaml")
     anything = "a notebook parameter or any config key, dotted (training.steps=20); repeatable"
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=anything)
     return parser
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from lib.hosts import HostError
+    from lib.serving import parser, serve
+
+    options = parser().parse_args(arguments)
+    try:
+        return serve(options, _split(parse_parameters(options.parameters), {}, options.config)["overrides"])
+    except WorkbenchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1 if isinstance(error, HostError) else 2
 
 
 def _run(options: argparse.Namespace) -> int:

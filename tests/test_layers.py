@@ -18,11 +18,11 @@ LIB = PROJECT_ROOT / "lib"
 # DESIGN's table: generate stands above rollout, because a BatchGenerate answers rollout's Requests.
 ORDER = """
     __init__
-    places   doctor   extract
+    places   doctor   extract   patience
     gpu
     task
     config   log   tables   ledger   cost
-    quote
+    quote   keeper   wire   room
     provenance   data   sandbox   calls
     judge
     runfolder   grading   reward_model
@@ -36,6 +36,8 @@ ORDER = """
     preflight
     show
     sync   hosts
+    engine
+    serving
     actor   rollout_worker
     backends
     export   executed
@@ -74,6 +76,8 @@ FORBIDDEN = {
     "rollout_worker": ["tasks"],
     "sync": ["tasks"],
     "hosts": ["tasks"],
+    "engine": ["tasks", "trainer", "backends", "evaluate"],
+    "serving": ["tasks", "trainer", "backends", "evaluate"],
     "backends": ["tasks", "run", "show"],
     "export": ["trainer", "backends", "tasks"],
     "tasks": ["config", "runfolder", "models", "rollout", "backends", "trainer", "run"],

@@ -72,7 +72,7 @@ class VllmSection(Section):
     tool_calls: bool = True
     """Answers with tool calls are parsed where a parser is known for the model. Served models only."""
     tool_parser: str | None = None
-    """vLLM's name of it (hermes, llama3_json, xlam, ...); None = by the model's name. Served models only."""
+    """vLLM's name of it (hermes, llama3_json, xlam, ...); None = by the chat template. Served models only."""
 
 
 class SamplingSection(Section):
