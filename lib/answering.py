@@ -1,45 +1,59 @@
 """A policy's answers to rows as plain records: all at once from a model here, one by one from an endpoint.
 
-Owns what a record holds, and answers on disk that a kill leaves. Must not know which policies are compared.
+Owns what a record holds, when too few answers could be judged, and answers on disk that a kill leaves. Must not know
+which policies are compared.
 
-    python -c "from pathlib import Path; from lib.answering import AnswerLog; print(AnswerLog(Path('x.jsonl')).read())"
+    python -c "from pathlib import Path as P; from lib.answering import AnswerLog; print(AnswerLog(P('x'), []).read())"
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from lib.calls import sendable
 from lib.config import Config
-from lib.endpoint import EndpointPolicy, EndpointRefused
+from lib.endpoint import EndpointPolicy, EndpointRefused, check_key
 from lib.log import scrub
 from lib.paired import summarize
-from lib.rollout import BatchGenerate, Scored, check_unscored, collect, play_each
-from lib.runfolder import atomic_file, clear_errors, read_lines, to_line
+from lib.patience import Patience
+from lib.rollout import BatchGenerate, Scored, UnscoredLimitError, collect, play_each
+from lib.runfolder import atomic_file, clear_errors, to_line
 from lib.task import Row, Score, Task
 
 logger = logging.getLogger(__name__)
 
+FIELDS = frozenset(("row", "category", "prompt", "answer", "reward", "masked", "parts", "notes", "stop"))
+"""Of every record; `messages` may stand beside them."""
+
 
 def answer_rows(
-    task: Task, rows: Sequence[Row], generate: BatchGenerate, samples: int, max_unscored: float, where: str
+    task: Task,
+    rows: Sequence[Row],
+    generate: BatchGenerate,
+    samples: int,
+    max_unscored: float,
+    where: str,
+    patience: Patience | None = None,
 ) -> list[dict[str, Any]]:
     """Answer every row `samples` times and score the answers: one plain record each, in row order.
 
     Raises UnscoredLimitError where more than a share `max_unscored` could not be judged.
     """
     repeated = [row for row in rows for _ in range(samples)]
-    scored = collect(task, repeated, generate)
-    check_unscored((s.score for s in scored), max_unscored, where)
+    scored = collect(task, repeated, generate, patience)
+    _check_judged([one.score for one in scored], len(scored), max_unscored, where, _MEND)
     return [record_of(one) for one in scored]
 
 
 def record_of(scored: Scored) -> dict[str, Any]:
-    """A scored rollout as a plain record, with its messages where its last text does not say it all."""
+    """A scored rollout as a record that can be written, with its messages where its last text does not say it all."""
     rollout, score = scored
     record = {
         "row": rollout.row["id"],
@@ -52,9 +66,10 @@ def record_of(scored: Scored) -> dict[str, Any]:
         "notes": score.notes,
         "stop": rollout.stop,
     }
-    if len(rollout.turns) > 1 or any(turn.message.get("tool_calls") for turn in rollout.turns):
+    said = [turn.message for turn in rollout.turns]
+    if len(said) > 1 or any(message.get("tool_calls") or message.get("thinking") for message in said):
         record["messages"] = list(rollout.messages)
-    return record
+    return sendable(record)
 
 
 def answer_there(
@@ -65,24 +80,24 @@ def answer_there(
     Raises EndpointRefused at once where nothing will work as configured, and UnscoredLimitError as soon as it is clear.
     """
     repeated = [row for row in rows for _ in range(1 if greedy else config.evaluation.samples)]
-    log = AnswerLog(path.with_suffix(".partial.jsonl"))
+    log = AnswerLog(path.with_suffix(".partial.jsonl"), [row["id"] for row in repeated])
     records = log.read()
     missing = [at for at in range(len(repeated)) if at not in records]
     if records:
         logger.info("evaluation: %s: %d of %d answers are on disk", label, len(records), len(repeated))
-    asked = EndpointPolicy(config.evaluation, config.sampling.completion_limit, greedy)
-    asked.check()
+    asked = EndpointPolicy(config.evaluation, config.sampling.completion_limit, greedy, has_answered=bool(records))
+    check_key(asked.service)
+    patience = Patience(config.rewards.world_seconds, config.rewards.score_seconds)
     failed: list[Score] = []
     at_once = 2 * asked.service.concurrency  # one rollout is judged, or its world at work, while another one is asked
-    with closing(play_each(task, [repeated[at] for at in missing], asked, at_once)) as played:
+    with closing(play_each(task, [repeated[at] for at in missing], asked, at_once, patience)) as played:
         for index, one in played:
             if asked.refusal:
                 raise EndpointRefused(asked.refusal)
             records[missing[index]] = log.add(missing[index], one)
             failed += [one.score] if _is_unscored(one.score) else []
-            if len(failed) > config.rewards.max_unscored * len(repeated):
-                others = [Score(reward=0.0)] * (len(repeated) - len(failed))  # at best: the rest need not be asked
-                check_unscored([*failed, *others], config.rewards.max_unscored, label)
+            # Even if all the rest can be judged: it need not be asked then.
+            _check_judged(failed, len(repeated), config.rewards.max_unscored, label, _MEND_ENDPOINT)
             _tell_progress(label, len(records), len(repeated))
     in_order = [records[at] for at in range(len(repeated))]
     keep_records(path, in_order)
@@ -95,6 +110,26 @@ def answer_there(
         _used(asked),
     )
     return in_order
+
+
+_MEND = "Mend the judge, the sandbox or the scorer and run again"
+_MEND_ENDPOINT = (
+    "Mend the endpoint, the judge, the sandbox or the scorer and run again: what was answered and judged is on disk "
+    "and is not asked again"
+)
+
+
+def _check_judged(scores: Sequence[Score], answers: int, limit: float, where: str, mend: str) -> None:
+    """Raise UnscoredLimitError, with the reasons counted, where more than a share `limit` of `answers` is unscored."""
+    unscored = [score for score in scores if _is_unscored(score)]
+    if len(unscored) <= limit * answers:
+        return
+    reasons = Counter(str(score.notes.get("error", "no reason given")) for score in unscored)
+    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+    raise UnscoredLimitError(
+        f"{where}: {len(unscored)} of {answers} rollouts could not be judged, more than rewards.max_unscored = "
+        f"{limit:g} allows. Reasons: {shown}. {mend}; raising the limit leaves them out of every mean."
+    )
 
 
 def _is_unscored(score: Score) -> bool:
@@ -115,16 +150,36 @@ def _used(asked: EndpointPolicy) -> str:
 class AnswerLog:
     """Records of one policy in the order in which they came: what a kill leaves is not asked again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows: Sequence[Any]) -> None:
+        """`rows`: the ids of the rows that are asked, one for each answer."""
+        self.path, self.rows = path, rows
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """By number of the answer; a line that a kill cut off is cut away, so that the next one begins a line."""
+        """By number of the answer; a line that a kill cut off is cut away, so that the next one begins a line.
+
+        Lines that hold no answer to a row that is asked are passed over, and counted in a warning.
+        """
         if not self.path.is_file():
             return {}
-        whole = self.path.read_bytes().rpartition(b"\n")
-        os.truncate(self.path, len(whole[0]) + len(whole[1]))
-        return {line["number"]: line["record"] for line in read_lines(self.path)}
+        whole, end, _ = self.path.read_bytes().rpartition(b"\n")
+        with clear_errors(self.path):
+            os.truncate(self.path, len(whole) + len(end))
+        lines = whole.split(b"\n") if end else []
+        usable = [one for line in lines if (one := self._usable(line))]
+        damaged = len(lines) - len(usable)
+        if damaged:
+            logger.warning("%s: damaged lines: %d; what stood there is asked again", self.path, damaged)
+        return dict(usable)
+
+    def _usable(self, line: bytes) -> tuple[int, dict[str, Any]] | None:
+        """The answer in a line; None where it holds none to a row that is asked."""
+        try:
+            found = json.loads(line)
+            number, record = found["number"], found["record"]
+            asked = self.rows[number] == record["row"] and number >= 0
+            return (number, record) if asked and record.keys() >= FIELDS else None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # whatever it is
+            return None
 
     def add(self, number: int, scored: Scored) -> dict[str, Any]:
         """Keep a record where it was scored: what was not is to be asked again. Returns the record as it is kept."""

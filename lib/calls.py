@@ -1,30 +1,31 @@
 """Chat completions over HTTP: slots, retries, and pauses that all calls to a service keep.
 
-Owns one request and what its failure means (try again, give up this call, give up for good), and who may ask when. A
-judge and a policy behind an endpoint are both asked through here. Must not know what is asked, or what an answer means.
+Owns who may ask when, what a failure means for the other calls, and what can be sent at all; one request is
+lib/wire.py's. A judge and a policy behind an endpoint are both asked through here. Must not know what is asked, or what
+an answer means.
 
-    python -c "from lib.calls import retry_after; print(retry_after({'retry-after': '2'}))"
+    python -c "from lib.calls import sendable; print(sendable({'content': 'half \\ud800'}))"
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
+import json
 import logging
 import math
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from fnmatch import fnmatch
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 from weakref import WeakKeyDictionary
 
-from pydantic import BaseModel, Field, ValidationError
-
-from lib import WorkbenchError
-from lib.log import name_secrets, scrub
+from lib import PROJECT_ROOT, WorkbenchError
+from lib.log import name_secrets
+from lib.wire import Completion, Fault, Service, post
 
 if TYPE_CHECKING:
     import openai
@@ -38,32 +39,9 @@ LONGEST_PAUSE = 600.0
 REMEMBERED = 60.0
 """Seconds for which a refusal is repeated without asking again: a key or a server may have been mended since."""
 
-RETRIED = (408, 409, 429)
-"""And every status from 500 on."""
-HOPELESS = (401, 402, 403, 404, 410)
-_HOPELESS_WORDS = re.compile(
-    "insufficient_quota|billing_hard_limit|model_not_found|unsupported_parameter|unsupported_value|unknown_parameter|"
-    "API_KEY_INVALID|API key not valid"  # Gemini's way of a 401: a 400
-)
-
-
-class Service(NamedTuple):
-    """Whom to ask, and how."""
-
-    name: str
-    """How messages begin: `judge`."""
-    setting: str
-    """Where it is set in the config: `task.judge`."""
-    base_url: str
-    model: str
-    key: str
-    """The NAME of the environment variable with the key; "" = none."""
-    timeout: float
-    """Seconds for one request."""
-    attempts: int
-    """HTTP requests for one call at most."""
-    concurrency: int
-    """Requests in flight at most."""
+DEEPEST = 100
+"""Objects and lists inside each other that a message keeps: JSON writers give up at some hundreds."""
+MODEL_IDS = PROJECT_ROOT / "configs" / "judges.yaml"
 
 
 class CallError(WorkbenchError, RuntimeError):
@@ -72,123 +50,6 @@ class CallError(WorkbenchError, RuntimeError):
 
 class CallRefused(CallError):
     """Nothing will work as configured: the key, the model's id or the address has to change first."""
-
-
-class Message(BaseModel):
-    role: Any = None
-    content: str | None = None
-    refusal: str | None = None
-    tool_calls: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-
-
-class Choice(BaseModel):
-    message: Message
-    finish_reason: str | None = None
-
-
-class Tokens(BaseModel):
-    prompt_tokens: int = Field(default=0, ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
-
-
-class Completion(BaseModel):
-    """What is read of a chat completion; the rest is passed over."""
-
-    choices: list[Choice]
-    usage: Tokens | None = None
-
-
-class Fault(Exception):
-    """One HTTP request that gave no completion."""
-
-    def __init__(
-        self,
-        what: str,
-        retried: bool = False,
-        lost: str = "",
-        pause: float | None = None,
-        details: str = "",
-        text: bool = False,
-    ) -> None:
-        super().__init__(what)
-        self.what, self.retried, self.details = what, retried, details
-        self.text = text
-        """Whether it may be the text that was sent: a gateway's moderation answers 403, some name it in a 400."""
-        self.lost = lost
-        """Why no request will ever succeed; "" = one may."""
-        self.pause = pause
-        """Seconds for which nobody is to ask; 0 = as long as the backoff, None = nobody else is concerned."""
-
-
-async def post(client: openai.AsyncOpenAI, request: dict[str, Any], to: Service) -> Completion:
-    """Send one request of chat.completions. Raises Fault."""
-    import openai
-
-    try:
-        async with asyncio.timeout(to.timeout):  # the client's own limit is for the time between two bytes
-            # As `extra_body`, for the client walks through all else, field by field: a third of what a call costs here.
-            raw = await client.chat.completions.with_raw_response.create(
-                model=to.model, messages=[], extra_body=request
-            )
-        return Completion.model_validate_json(raw.content)
-    except (TimeoutError, openai.APITimeoutError):
-        raise Fault("no answer in time", retried=True) from None
-    except openai.APIConnectionError as error:
-        raise Fault("no connection", retried=True, details=str(error.__cause__ or error)) from None
-    except openai.APIStatusError as error:
-        raise _status_fault(error, to) from None
-    except ValidationError:
-        raise Fault("an answer that is no chat completion", retried=True) from None
-
-
-def _status_fault(error: openai.APIStatusError, to: Service) -> Fault:
-    status, text, words = error.status_code, error.response.text, _words(error)
-    what = f"HTTP {status}"
-    if status in HOPELESS or (status < 500 and _HOPELESS_WORDS.search(text)):
-        lost = f"{what} from {to.base_url}: {words}. {_advice(status, to)}"
-        return Fault(what, lost=lost, details=words, text=status in (400, 403))
-    pause = retry_after(error.response.headers, text)
-    if status in RETRIED or status >= 500:
-        return Fault(what, retried=True, pause=pause or 0.0 if status == 429 else pause, details=words)
-    named = error.code and error.code != str(status)
-    return Fault(f"{what} ({error.code})" if named else what, details=words)
-
-
-def _words(error: openai.APIStatusError) -> str:
-    """What the server says, short and without secrets."""
-    body = error.body[0] if isinstance(error.body, list) and error.body else error.body  # Gemini sends a list of one
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    told = inner.get("message") if isinstance(inner, dict) else inner
-    return scrub(" ".join(str(told or error.response.reason_phrase).split()))[:200].rstrip(".")
-
-
-def _advice(status: int, to: Service) -> str:
-    if status in (404, 410):
-        return f"Is the model id {to.model!r} right ({to.setting}.model), and the address ({to.setting}.base_url)?"
-    if status == 400 and not to.key:
-        return f"It does not take what {to.setting} has it sent"
-    key = f"the key in {to.key}" if to.key else f"{to.setting}.key, which names no key"
-    return f"Look at {key}, at the account that it belongs to, and at {to.setting}"
-
-
-def retry_after(headers: Mapping[str, str], text: str = "") -> float | None:
-    """Seconds that an answer asks to wait: retry-after-ms, Retry-After (seconds or a date), or Gemini's retryDelay."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * unit
-        except ValueError:
-            continue
-        if math.isfinite(seconds) and seconds >= 0:
-            return seconds
-    try:
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.timestamp() - time.time())
-    except (ValueError, OverflowError):
-        pass  # no date either
-    delay = re.search(r'"retryDelay":\s*"(\d+(?:\.\d+)?)s"', text)
-    return float(delay[1]) if delay else None
 
 
 class Spent:
@@ -212,14 +73,23 @@ class Caller:
 
     failed: ClassVar[type[CallError]] = CallError
     refused: ClassVar[type[CallError]] = CallRefused
+    reads: ClassVar[type[Completion]] = Completion
+    """How its answers are read."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, refused_after: int = 1, worked: bool = False) -> None:
+        """`refused_after`: different requests that fail, with none answered, before such a failure is everybody's.
+
+        `worked`: it answered in an earlier process, so that what fails now is the request's own.
+        """
         self.service = service
+        self._refused_after, self._worked = refused_after, worked
         self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = WeakKeyDictionary()
         self._in_flight = 0
         self._closed_until = self._refused_at = -math.inf
         self._refusal = ""
         self._answered = False
+        self._unanswered: set[int] = set()
+        """Different requests that failed before the first answer."""
         self._told: set[str] = set()
         if service.key:
             name_secrets([service.key])
@@ -237,7 +107,7 @@ class Caller:
             began = time.perf_counter()
             spent.attempts += 1
             try:
-                completion = await post(lane.client, request, to)
+                completion = await post(lane.client, request, to, self.reads)
                 self._answered = True
                 return completion
             except Fault as error:
@@ -246,17 +116,12 @@ class Caller:
                 spent.seconds += time.perf_counter() - began
                 self._leave(lane)
             wait = min(MOST_WAIT, FIRST_WAIT * 2 ** (number - 1)) * random.uniform(0.5, 1)
-            self._note(fault, wait)
+            self._note(fault, wait, request)
             if not fault.retried:
-                raise self.failed(f"{to.name}: {fault.what}")
+                raise self.failed(f"{to.name}: {fault.what}") from fault
             if number < to.attempts:
                 await asyncio.sleep(wait)
-        if not self._answered and not fault.what.startswith(("HTTP", "no answer")):  # there is no such service at all
-            raise self._refuse(
-                f"{fault.what} from {to.base_url} after {to.attempts} attempts ({fault.details}): does the "
-                f"server run, and is {to.setting}.base_url right? It ends in /v1 as a rule"
-            )
-        raise self.failed(f"{to.name}: {fault.what} after {to.attempts} attempts")
+        raise self._given_up(fault, request)
 
     def affordable(self) -> bool:
         """Whether one more request may go now; False = perhaps when one of those in flight has ended."""
@@ -280,12 +145,34 @@ class Caller:
             lane = self._lanes[loop] = _Lane(client, to.concurrency)
         return lane
 
-    def _note(self, fault: Fault, wait: float) -> None:
+    def _given_up(self, fault: Fault, request: dict[str, Any]) -> CallError:
+        """What the failure of a call's last attempt is."""
+        to = self.service
+        if not self._answered and not fault.what.startswith(("HTTP", "no answer")):
+            said = f" ({fault.details})" if fault.details else ""
+            cause = (
+                f"{fault.what} from {to.base_url} after {to.attempts} attempts{said}: does the server run, and is "
+                f"{to.setting}.base_url right? It ends in /v1 as a rule"
+            )
+            if fault.nowhere or self._is_everybodys(request):  # there is no such service at all
+                return self._refuse(cause)
+            self.tell(f"{to.name}: {cause}", once="nobody")
+        return self.failed(f"{to.name}: {fault.what} after {to.attempts} attempts")
+
+    def _is_everybodys(self, request: dict[str, Any]) -> bool:
+        """Whether a failure that may be this request's own is taken for that of all others too."""
+        if self._answered or self._worked:
+            return False
+        self._unanswered.add(hash(json.dumps(request, sort_keys=True)))
+        return len(self._unanswered) >= self._refused_after
+
+    def _note(self, fault: Fault, wait: float, request: dict[str, Any]) -> None:
         """What a failed request means for the other calls. Raises `refused`."""
-        if fault.lost and not (fault.text and self._answered):  # one text must not stop all others
+        if fault.lost and (not fault.text or self._is_everybodys(request)):  # one text must not stop all others
             raise self._refuse(fault.lost)
         if fault.details:
-            self.tell(f"{self.service.name}: {fault.what}: {fault.details}", once=fault.what)
+            told = fault.lost if fault.lost and not self._answered else f"{fault.what}: {fault.details}"
+            self.tell(f"{self.service.name}: {told}", once=fault.what)
         if fault.pause is not None:
             self._closed_until = max(self._closed_until, time.monotonic() + (fault.pause or wait))
 
@@ -332,11 +219,50 @@ class Caller:
         return self.refused(self._refusal)
 
 
-def sendable(text: str) -> str:
-    """A text that can be written as UTF-8: halves of surrogate pairs are joined, lone ones become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+@overload
+def sendable(value: str) -> str: ...
 
 
-def sendable_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with texts that can be written as UTF-8."""
-    return {key: sendable(value) if isinstance(value, str) else value for key, value in message.items()}
+@overload
+def sendable(value: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+@overload
+def sendable(value: Any, levels: int) -> Any: ...
+
+
+def sendable(value: Any, levels: int = DEEPEST) -> Any:
+    """A text, or a whole message, that can be written as JSON in UTF-8, wherever in it the trouble is.
+
+    Halves of surrogate pairs are joined, lone ones become U+FFFD. What JSON has no word for (NaN, infinities) becomes a
+    text, and so does what lies deeper than `levels` objects and lists: no right answer holds either.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if not levels:
+        return f"(more than {DEEPEST} levels deep)"
+    if isinstance(value, Mapping):
+        return {sendable(key, 0): sendable(item, levels - 1) for key, item in value.items()}
+    return [sendable(item, levels - 1) for item in value]
+
+
+def takes_temperature(model: str) -> bool:
+    """Whether the file of model ids lets a temperature be sent to a model; the maker's name before a / is left out.
+
+    Raises CallRefused where the file cannot be read.
+    """
+    return not any(fnmatch(model.rpartition("/")[2], pattern) for pattern in _without_temperature())
+
+
+@cache
+def _without_temperature() -> tuple[str, ...]:
+    import yaml
+
+    try:
+        return tuple(yaml.safe_load(MODEL_IDS.read_text(encoding="utf-8"))["no_temperature"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CallRefused(f"{MODEL_IDS}: no list `no_temperature` ({error}): restore the file") from None

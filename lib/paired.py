@@ -42,6 +42,22 @@ class Gain(NamedTuple):
         return self.n > 1 and (self.low > 0 or self.high < 0)
 
 
+class PassAt(NamedTuple):
+    """The chance that one of k answers solves a row, averaged over rows."""
+
+    mean: float
+    low: float
+    high: float
+    """95 % bootstrap interval over rows."""
+    n: int
+    """Rows with an answer that was scored."""
+    short: int
+    """Rows among them with fewer than k such answers: each counts with as many as it has, which is too low if
+    anything."""
+    left_out: int
+    """Rows without any."""
+
+
 class Summary(NamedTuple):
     """One policy on the held-out rows. Unscored answers are in neither mean, masked ones in `reward_with_invalid`."""
 
@@ -132,12 +148,13 @@ def summarize(policy: str, records: Sequence[Mapping[str, Any]], lowest: float =
     )
 
 
-def pass_at_k(records: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[int, Gain]:
+def pass_at_k(records: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[int, PassAt]:
     """By k = 1, 2, 4, ... and the most that a row has: the chance that one of k answers solves a row, over rows.
 
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) of a row with c of n answers right (part `solved`; Chen et al. 2021,
-    arXiv 2107.03374), averaged over rows, with its interval. A masked answer solves nothing, an unscored one is no try;
-    a row needs k tries. {} where no answer has the part.
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of a row with c of n answers right (part `solved` at 1; Chen et al.
+    2021, arXiv 2107.03374), averaged over rows. A masked answer solves nothing, an unscored one is no try. The rows are
+    the same for every k: to leave out those with fewer than k tries would leave out the hard ones, where answers that
+    could not be scored are long or late. {} where no answer has the part.
     """
     tries: dict[str, list[bool]] = {}
     named = False
@@ -146,20 +163,25 @@ def pass_at_k(records: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[int, 
         named |= solved is not None
         kept = tries.setdefault(record["row"], [])
         if record["masked"] or (solved is not None and record["reward"] is not None):
-            kept.append(bool(solved) and not record["masked"])
+            kept.append(solved is not None and solved >= 1 and not record["masked"])
     most = max(map(len, tries.values()), default=0) if named else 0
     counts = sorted({2**power for power in range(most.bit_length())} | {most}) if most else []
     return {k: _pass_at(tries, k, seed) for k in counts}
 
 
-def _pass_at(tries: Mapping[str, Sequence[bool]], k: int, seed: int) -> Gain:
+def _pass_at(tries: Mapping[str, Sequence[bool]], k: int, seed: int) -> PassAt:
     import numpy as np
 
-    chances = [1.0 - math.comb(len(t) - sum(t), k) / math.comb(len(t), k) for t in tries.values() if len(t) >= k]
-    values = np.array(chances)
+    scored = [some for some in tries.values() if some]
+    values = np.array([_chance(len(some), sum(some), min(k, len(some))) for some in scored])
     low, high = interval(values, seed)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Gain(float(values.mean()), low, high, len(values), len(tries) - len(values), _POWER * error)
+    short = sum(len(some) < k for some in scored)
+    return PassAt(float(values.mean()), low, high, len(scored), short, len(tries) - len(scored))
+
+
+def _chance(tries: int, right: int, k: int) -> float:
+    """That k tries, drawn without putting back, hold a right one."""
+    return 1.0 - math.comb(tries - right, k) / math.comb(tries, k)
 
 
 def by_category(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lib import PROJECT_ROOT, WorkbenchError, provenance
+from lib.calls import sendable
 from lib.config import HOW_ASKED, SCHEMA, Config, ConfigError, own_task, parse_config
 from lib.cost import Bill, read_bill
 from lib.log import scrub, start_logging
@@ -352,8 +353,11 @@ def plain(value: Any) -> Any:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """One JSON line; NaN and infinities are refused (they are not JSON)."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    """One JSON line; NaN and infinities are refused (they are not JSON).
+
+    Half a surrogate pair, which any policy can spell out in an argument, becomes U+FFFD: no file takes it.
+    """
+    return sendable(json.dumps(record, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -426,8 +430,11 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(path: Path, wait: float = 20.0) -> Iterator[None]:
-    """Hold a lock file while writing a run; waits a little for a writer that is finishing its step."""
+def exclusive(path: Path, wait: float = 20.0, doing: str = "is training this run") -> Iterator[None]:
+    """Hold a lock file while writing a run; waits a little for a writer that is finishing its step.
+
+    `doing`: what its holder does, for the message.
+    """
     with path.open("a+") as file:
         deadline = time.monotonic() + wait
         while True:
@@ -439,7 +446,7 @@ def exclusive(path: Path, wait: float = 20.0) -> Iterator[None]:
                 owner = file.read().strip()
                 if time.monotonic() > deadline:
                     raise RunError(
-                        f"process {owner} is training this run: wait for it, stop it, or choose another run_name"
+                        f"process {owner} {doing}: wait for it, stop it, or choose another run_name"
                     ) from None
                 time.sleep(0.2)
             except OSError as error:

@@ -37,6 +37,9 @@ FAULTS = (
     "timeout",  # never answers
     "reset",  # the connection is cut
     "bad_request",  # 400: the roles do not alternate
+    "moderated",  # 403: the text is not let through
+    "too_long",  # 400: more than the model can hold
+    "error_inside",  # an error with status 200
     "page",  # a web page
     "stream",  # server-sent events, though none were asked for
     "trickle",  # a space every 20 ms, for ever
@@ -47,6 +50,8 @@ FAULTS = (
     "surrogate",  # half of a character
     "tool_rubbish",  # tool_calls without functions
     "filtered",  # finish_reason content_filter
+    "broken_off",  # finish_reason error
+    "odd_reason",  # finish_reason 7
     "cut_off",  # finish_reason length
 )
 KEPT = 500
@@ -75,6 +80,8 @@ class Control:
     replies: list[Any] = dataclasses.field(default_factory=list)
     thinking: str = ""
     """Sent as reasoning_content beside every answer."""
+    usage: Any = ""
+    """Sent in the place of the true usage; "" = the true one."""
 
 
 class Server:
@@ -175,6 +182,10 @@ class Server:
                 response.headers["retry-after-ms"] = f"{1000 * control.retry_after:.0f}"
             return response
         statuses = {"conflict": 409, "request_timeout": 408, "server_error": 503}
+        if fault == "moderated":
+            return _error(403, "this text is not let through")
+        if fault == "too_long":
+            return _error(400, "This model's maximum context length is 10 tokens. However, you requested 11 tokens.")
         if fault == "bad_request":
             return _error(400, "Conversation roles must alternate user/assistant/user/assistant/...")
         return _error(statuses[fault], fault) if fault in statuses else None
@@ -182,6 +193,8 @@ class Server:
     def rubbish(self, fault: str) -> web.Response | None:
         if fault == "page":
             return web.Response(text="<html>Welcome!</html>", content_type="text/html")
+        if fault == "error_inside":
+            return web.json_response({"error": {"message": "the model behind it is gone", "code": 502}})
         if fault == "stream":
             return web.Response(text='data: {"choices": [{"delta": {"content": "he"}}]}\n\ndata: [DONE]\n\n')
         if fault == "binary":
@@ -200,8 +213,10 @@ class Server:
             message["content"] = 7
         elif fault == "tool_rubbish":
             message["tool_calls"] = [{"id": "1", "type": "function"}, 5]
-        reason = {"filtered": "content_filter", "cut_off": "length"}.get(fault, "stop")
+        reasons = {"filtered": "content_filter", "cut_off": "length", "broken_off": "error", "odd_reason": 7}
+        reason = reasons.get(fault, "stop")
         used = {"prompt_tokens": len(json.dumps(body["messages"])) // 4, "completion_tokens": 1}
+        usage = {**used, "total_tokens": sum(used.values())} if self.control.usage == "" else self.control.usage
         return web.json_response(
             {
                 "id": f"chat-{self.requests}",
@@ -209,7 +224,7 @@ class Server:
                 "created": int(time.time()),
                 "model": body["model"],
                 "choices": [] if fault == "no_choice" else [{"index": 0, "message": message, "finish_reason": reason}],
-                "usage": {**used, "total_tokens": sum(used.values())},
+                "usage": usage,
             }
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from chat_server import ChatServer, running_chat
 from conftest import SMOKE, run_cli
 
 from lib import calls
+from lib.answering import keep_records, record_of
 from lib.config import Config, ConfigError, check_key, load_config
 from lib.endpoint import EndpointError, EndpointPolicy, EndpointRefused, sampling_sent, wire_messages
 from lib.evaluate import Comparison, evaluate_run, policies_of
 from lib.paired import pass_at_k
 from lib.prepare import prepare
-from lib.rollout import UnscoredLimitError, play_each
-from lib.runfolder import RunError, open_run, read_lines
-from lib.task import Message, Rollout, Row, Score, Task, Turn, load_task
+from lib.rollout import OutOfRoomError, Scored, UnscoredLimitError, play_each
+from lib.runfolder import RunError, exclusive, open_run, read_lines
+from lib.task import Message, Rollout, Row, Score, Task, TaskError, Turn, load_task
 
 KEY = "a-key-that-nobody-must-see"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
@@ -67,6 +69,13 @@ def server(running: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatServer:
     running.control(reset=True)
     monkeypatch.setattr(calls, "FIRST_WAIT", 0.02)
     return running
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """The log lines, also after a run of an earlier test has taken them for itself."""
+    monkeypatch.setattr(logging.getLogger("lib"), "propagate", True)
+    return caplog
 
 
 def settings_of(server: ChatServer, **endpoint: Any) -> dict[str, Any]:
@@ -138,9 +147,59 @@ def test_thinking_is_kept_apart_and_not_sent_back(server: ChatServer) -> None:
     assert server.stats()["bodies"][-1]["messages"][1] == {"role": "assistant", "content": "hello"}
 
 
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({"content": [{"type": "text", "text": "he"}, {"type": "image"}, "llo"]}, {"content": "hello"}),
+        ({"content": []}, {"content": ""}),
+        ({"content": "x", "reasoning": {"steps": 3}}, {"content": "x"}),
+    ],
+)
+def test_an_answer_in_parts_is_their_texts(server: ChatServer, said: dict[str, Any], read: dict[str, Any]) -> None:
+    server.control(replies=[said])
+    assert ask(policy(server)).message == {"role": "assistant", **read}
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"name": "add", "arguments": None}, {}),
+        ({"name": "add"}, {}),
+        ({"name": "add", "arguments": {"a": 1}}, {"a": 1}),
+        ({"name": "add", "arguments": ["a", 1]}, '["a", 1]'),
+    ],
+)
+def test_arguments_and_ids_of_other_types_are_the_policys_and_not_a_failure(
+    server: ChatServer, given: dict[str, Any], kept: Any
+) -> None:
+    server.control(replies=[{"content": None, "tool_calls": [{"id": 5, "type": "function", "function": given}]}])
+    (call,) = ask(policy(server)).message["tool_calls"]
+    assert call == {"id": "5", "type": "function", "function": {"name": "add", "arguments": kept}}
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {"prompt_tokens": None, "completion_tokens": 1}, {"prompt_tokens": -1}, "many"]
+)
+def test_nonsense_about_tokens_loses_no_answer_and_is_not_a_price(
+    server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture, usage: Any
+) -> None:
+    monkeypatch.setenv("WORKBENCH_RUN", str(tmp_path))
+    server.control(usage=usage)
+    assert ask(policy(server, endpoint={"model": "gpt-4o-mini"})).message["content"] == "hello"
+    (line,) = read_lines(tmp_path / "cost" / "usage.jsonl")
+    assert line["priced"] is False and line["usd"] == 0.0 and "the bill is too low" in told.text
+
+
 def test_a_cut_off_answer_is_an_answer_that_was_cut_off(server: ChatServer) -> None:
     server.control(script=["cut_off"])
     assert ask(policy(server)).stop == "length"
+
+
+def test_what_is_sent_can_be_written_wherever_in_a_message_the_trouble_is(server: ChatServer) -> None:
+    call = {"id": "c\ud800", "function": {"name": "add", "arguments": {"\ud800": ["half \udc00", float("nan")]}}}
+    ask(policy(server), user("hello"), {"role": "assistant", "content": None, "tool_calls": [call]}, user("and?"))
+    (sent,) = server.stats()["bodies"][0]["messages"][1]["tool_calls"]
+    assert sent["id"] == "c\ufffd" and sent["function"]["arguments"] == '{"\ufffd": ["half \ufffd", "nan"]}'
 
 
 def test_calls_get_ids_and_results_the_ids_of_their_calls() -> None:
@@ -181,7 +240,7 @@ def test_openai_gets_its_newer_names_and_no_temperature_where_it_takes_none(
 
 
 @pytest.mark.parametrize("fault", ["rate_limit", "conflict", "request_timeout", "server_error", "reset", "page",
-                                   "stream", "binary", "wrong_content", "surrogate"])  # fmt: skip
+                                   "stream", "binary", "wrong_content", "surrogate", "error_inside"])  # fmt: skip
 def test_what_may_be_better_next_time_is_asked_again(server: ChatServer, fault: str) -> None:
     server.control(script=[fault, fault])
     asked = policy(server)
@@ -198,6 +257,9 @@ def test_what_may_be_better_next_time_is_asked_again(server: ChatServer, fault: 
         ("timeout", "endpoint: no answer in time after 2 attempts", 2),
         ("trickle", "endpoint: no answer in time after 2 attempts", 2),
         ("bad_request", "endpoint: HTTP 400", 1),
+        ("moderated", "endpoint: HTTP 403", 1),
+        ("error_inside", "endpoint: an answer that is no chat completion after 2 attempts", 2),
+        ("broken_off", "endpoint: the answer broke off (finish_reason error)", 1),
         ("no_choice", "endpoint: an answer without a choice", 1),
         ("wrong_role", "endpoint: an answer in the role 'user', not assistant", 1),
         ("tool_rubbish", "endpoint: tool_calls that are none", 1),
@@ -221,6 +283,42 @@ def test_what_can_never_work_is_refused_with_what_to_change(server: ChatServer, 
     with pytest.raises(EndpointRefused, match=f"endpoint: HTTP {status} from .*{told}"):
         ask(asked)
     assert asked.refusal and server.stats()["requests"] == 1
+
+
+def test_an_error_with_status_200_is_told(server: ChatServer, told: pytest.LogCaptureFixture) -> None:
+    server.control(script=["error_inside"])
+    ask(policy(server))
+    assert "endpoint: an answer that is no chat completion: the model behind it is gone" in told.text
+
+
+def test_an_unknown_reason_to_stop_is_passed_over(server: ChatServer) -> None:
+    server.control(script=["odd_reason"])
+    assert ask(policy(server)).stop == "stop" and server.stats()["requests"] == 1
+
+
+@pytest.mark.parametrize("fault", ["page", "reset", "moderated", "surrogate"])
+def test_only_several_different_requests_without_an_answer_are_a_service_that_is_none(
+    server: ChatServer, fault: str
+) -> None:
+    server.control(faults={fault: 1.0})
+    asked = policy(server, endpoint={"attempts": 1, "concurrency": 1})
+    for text in ("a", "a", "b", "a"):
+        with pytest.raises(EndpointError) as caught:
+            ask(asked, user(text))
+        assert not isinstance(caught.value, EndpointRefused)
+    with pytest.raises(EndpointRefused, match=r"base_url right|Look at evaluation\.endpoint\.key"):
+        ask(asked, user("c"))
+
+
+@pytest.mark.parametrize("fault", ["page", "reset", "moderated", "surrogate"])
+def test_what_fails_after_an_answer_is_never_the_services_failure(server: ChatServer, fault: str) -> None:
+    asked = policy(server, endpoint={"attempts": 1, "concurrency": 1})
+    ask(asked)
+    server.control(faults={fault: 1.0})
+    for number in range(9):
+        with pytest.raises(EndpointError) as caught:
+            ask(asked, user(str(number)))
+        assert not isinstance(caught.value, EndpointRefused)
 
 
 def test_a_url_where_nobody_answers_is_refused(server: ChatServer) -> None:
@@ -273,6 +371,16 @@ def test_a_hundred_rollouts_do_not_wait_for_one_that_hangs(server: ChatServer) -
     rewards = {index: scored.score.reward for index, scored in played}
     assert rewards.pop(7) is None and set(rewards.values()) == {1.0}
     assert played[-1][1].score.notes == {"error": "EndpointError: endpoint: no answer in time after 1 attempts"}
+
+
+def test_a_conversation_that_the_model_cannot_hold_ends_there_as_cut_off(server: ChatServer) -> None:
+    server.control(script=["", "", "too_long"])
+    ((_, scored),) = play_each(Several(), rows(1), policy(server, endpoint={"concurrency": 1}), 1)
+    assert (len(scored.rollout.turns), scored.rollout.stop, scored.score.reward) == (2, "length", 1.0)
+    assert scored.rollout.messages[-1]["role"] == "assistant"
+    server.control(faults={"too_long": 1.0})
+    with pytest.raises(OutOfRoomError):
+        ask(policy(server))
 
 
 def test_closing_cancels_what_is_still_asked(server: ChatServer) -> None:
@@ -369,8 +477,110 @@ def test_only_what_was_not_answered_is_asked_after_a_stop_and_concurrency_may_ch
     assert not partial.exists()
 
 
-def open_and_first_prompt(config: Config) -> str:
-    run = open_run("echo", config)
+@pytest.mark.parametrize("fault", ["surrogate", "page", "wrong_content", "reset", "moderated"])
+def test_a_row_that_always_fails_blocks_neither_a_fresh_evaluation_nor_one_that_goes_on(
+    echo: Path, server: ChatServer, fault: str
+) -> None:
+    hard = {"evaluation.greedy": False, "evaluation.endpoint.attempts": 1, "evaluation.endpoint.concurrency": 1}
+    strict = config_of(echo, server, **hard, **{"rewards.max_unscored": 0.0})
+    server.control(faults={fault: 1.0}, only=open_and_last_prompt(strict))
+    for _ in range(2):  # the second time, nothing but that row is left
+        with pytest.raises(UnscoredLimitError, match="1 of 6 rollouts could not be judged"):
+            evaluated(strict)
+    loose = config_of(echo, server, **hard, **{"rewards.max_unscored": 0.5})
+    records = evaluated(loose).records["someone-model-1 sampled"]
+    assert [record["reward"] for record in records] == [1.0] * 5 + [None]
+    server.control(only=open_and_first_prompt(loose, "fresh"))
+    assert evaluated(loose, "fresh").records["someone-model-1 sampled"][0]["reward"] is None
+
+
+def test_the_limit_of_unscored_answers_may_be_raised_on_the_way_and_the_endpoint_is_named(
+    echo: Path, server: ChatServer
+) -> None:
+    once = {"evaluation.greedy": False, "evaluation.endpoint.attempts": 1, "evaluation.endpoint.concurrency": 1}
+    first = config_of(echo, server, **once)
+    server.control(faults={"server_error": 1.0}, only=open_and_last_prompt(first))
+    told = r"HTTP 503.*Mend the endpoint, .* is not asked again; raising the limit leaves them out of every mean"
+    with pytest.raises(UnscoredLimitError, match=told):
+        evaluated(first)
+    before = server.stats()["requests"]
+    raised = config_of(echo, server, **once, **{"rewards.max_unscored": 0.5, "rewards.score_seconds": 60.0})
+    assert [r["reward"] for r in evaluated(raised).records["someone-model-1 sampled"]] == [1.0] * 5 + [None]
+    assert server.stats()["requests"] == before + 1
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"\0\0\0", b"[]", b"\xff", b'{"number": 99, "record": {}}', b'{"number": 0}',
+     b'{"number": 0, "record": {"row": 1}}', b'{"number": "0", "record": []}', b"", b"[" * 100_000],
+)  # fmt: skip
+def test_rubbish_among_the_answers_on_disk_is_passed_over_and_counted(
+    echo: Path, server: ChatServer, rubbish: bytes
+) -> None:
+    once = {"evaluation.greedy": False, "evaluation.endpoint.attempts": 1, "evaluation.endpoint.concurrency": 1}
+    config = config_of(echo, server, **once)
+    server.control(faults={"server_error": 1.0}, only=open_and_last_prompt(config))
+    with pytest.raises(UnscoredLimitError):
+        evaluated(config)
+    with (folder_of(echo) / "someone-model-1-sampled.partial.jsonl").open("ab") as file:
+        file.write(rubbish + b"\n")
+    server.control(reset=True)
+    records = evaluated(config).records["someone-model-1 sampled"]
+    assert [record["reward"] for record in records] == [1.0] * 6
+    assert server.stats()["requests"] == 1
+    assert "damaged lines: 1; what stood there is asked again" in (folder_of(echo).parent / "log.txt").read_text()
+
+
+def test_two_processes_do_not_evaluate_one_run_at_a_time(echo: Path, server: ChatServer) -> None:
+    config = config_of(echo, server)
+    open_and_first_prompt(config)
+    lock = echo.parent / "outputs" / "echo" / "stages" / "evaluation.lock"
+    with exclusive(lock), pytest.raises(RunError, match=r"process \d+ is evaluating this run: wait for it"):
+        evaluated(config)
+    assert server.stats()["requests"] == 0
+    assert evaluated(config).final == "someone-model-1"
+
+
+def test_a_missing_key_is_found_before_the_base_has_answered(echo: Path, server: ChatServer) -> None:
+    beside = {"evaluation.endpoint.beside_base": True, "evaluation.endpoint.key": "MY_MODEL_KEY"}
+    config = config_of(echo, server, **beside, **{"model.name": str(echo.parent / "no-such-model")})
+    with pytest.raises(EndpointRefused, match=r"MY_MODEL_KEY \(evaluation.endpoint.key\) is not set"):
+        evaluated(config)
+
+
+def test_the_thinking_of_an_answer_is_kept_though_it_has_one_turn(echo: Path, server: ChatServer) -> None:
+    server.control(thinking="hm")
+    records = evaluated(config_of(echo, server)).records["someone-model-1 sampled"]
+    assert [record["messages"][-1]["thinking"] for record in records] == ["hm"] * 6
+
+
+def test_an_answer_that_cannot_be_written_as_it_is_does_not_end_an_evaluation(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(500):
+        deep = [deep]
+    said = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": "\ud800", "y": deep}}]}
+    row = {"id": "a", "prompt": [user("hello")]}
+    scored = Scored(Rollout.of(row, said), Score(reward=0.0, notes={"given": "\udfff", "also": [float("inf")]}))
+    keep_records(tmp_path / "kept.jsonl", [record_of(scored)])
+    (record,) = read_lines(tmp_path / "kept.jsonl")
+    assert record["notes"] == {"given": "\ufffd", "also": ["inf"]}
+    arguments = record["messages"][1]["tool_calls"][0]["arguments"]
+    assert arguments["x"] == "\ufffd" and "levels deep" in json.dumps(arguments["y"])
+
+
+def test_what_a_policy_spells_out_can_be_written_into_a_runs_logs(echo: Path, server: ChatServer) -> None:
+    run = open_run("echo", config_of(echo, server))
+    run.append("rollouts.jsonl", [{"step": 1, "notes": {"calls": ["f(\ud800)"]}}])
+    assert run.rollouts() == run.rollouts(last=1) == [{"step": 1, "notes": {"calls": ["f(\ufffd)"]}}]
+
+
+def open_and_last_prompt(config: Config) -> str:
+    open_and_first_prompt(config)
+    return str(open_run("echo", config).read_rows("eval")[-1]["prompt"][0]["content"])
+
+
+def open_and_first_prompt(config: Config, name: str = "echo") -> str:
+    run = open_run(name, config)
     prepare(load_task(config.task.name, **config.task.params), run)
     return str(run.read_rows("eval")[0]["prompt"][0]["content"])
 
@@ -389,6 +599,61 @@ def test_a_models_id_becomes_a_file_name_that_is_not_the_bases(
 ) -> None:
     config = config_of(echo, server, **{"evaluation.endpoint.model": model, "evaluation.endpoint.beside_base": True})
     assert [policy.name for policy in policies_of(config, open_run("named", config))] == ["base", name]
+
+
+def test_a_models_long_id_is_cut_and_told_apart(echo: Path, server: ChatServer) -> None:
+    long, other = "m" * 300, "m" * 299 + "n"
+    comparison = evaluated(config_of(echo, server, **{"evaluation.endpoint.model": long}))
+    another = config_of(echo, server, **{"evaluation.endpoint.model": other})
+    (policy,) = policies_of(another, open_run("other", another))
+    assert len(comparison.final) == len(policy.name) == 100 and comparison.final != policy.name
+    assert server.stats()["bodies"][0]["model"] == long
+
+
+# -- a user's own rows ------------------------------------------------------------------------------------------------
+
+
+def given(echo: Path, server: ChatServer, *lines: Any) -> Config:
+    path = echo.parent / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return config_of(echo, server, **{"evaluation.prompts": str(path), "evaluation.greedy": False})
+
+
+def test_a_users_own_rows_are_asked(echo: Path, server: ChatServer) -> None:
+    rows = [{"id": identity, "prompt": [user(f"say {i}.")], "answer": f"{i}."} for i, identity in enumerate(["a", 2])]
+    comparison = evaluated(given(echo, server, *rows))
+    assert [(r["row"], r["reward"]) for r in comparison.records["someone-model-1 sampled"]] == [("a", 1.0), (2, 1.0)]
+
+
+def test_everything_that_is_wrong_with_a_users_own_rows_is_said_with_its_line(echo: Path, server: ChatServer) -> None:
+    good = {"id": "a", "prompt": [user("x")]}
+    bad = [
+        {"prompt": [user("x")]}, {**good, "id": ""}, {**good, "id": ["b"]}, {**good, "id": "b", "prompt": "text"},
+        {**good, "id": "c", "prompt": [{"role": "user"}]}, {**good, "id": "d", "prompt": []}, good,
+        {**good, "id": "e", "tools": "f"}, {**good, "id": 7}, {**good, "id": "7"},
+    ]  # fmt: skip
+    with pytest.raises(TaskError) as caught:
+        evaluated(given(echo, server, good, *bad))
+    head, *told = str(caught.value).splitlines()
+    assert head == "9 problems in the data:" and server.stats()["requests"] == 0
+    where = [line.partition("prompts.jsonl, ")[2].partition(": ")[0] for line in told]
+    assert where == [
+        "line 2, id", "line 3, id", "line 4, id", "line 5, prompt", "line 6, prompt", "line 7, prompt", "line 8, id",
+        "line 9, tools", "line 11, id",
+    ]  # fmt: skip
+    assert "'a' stands in line 1 too" in told[6]
+
+
+def test_without_a_row_nothing_is_evaluated(echo: Path, server: ChatServer) -> None:
+    with pytest.raises(RunError, match=r"no held-out row to evaluate: give evaluation\.prompts"):
+        evaluated(given(echo, server))
+
+
+def test_of_a_users_own_rows_only_those_that_are_asked_are_looked_at(echo: Path, server: ChatServer) -> None:
+    row = {"id": "a", "prompt": [user("say 1.")], "answer": "1."}
+    config = given(echo, server, row, row)
+    first = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"rows": 1})})
+    assert evaluated(first).summaries[0].n == 1
 
 
 def test_a_refusal_ends_the_evaluation_at_once(echo: Path, server: ChatServer) -> None:
@@ -423,6 +688,7 @@ def test_notebook_4_evaluates_a_game_behind_a_url_and_shows_it_turn_by_turn(
 
 def test_notebook_4_evaluates_a_model_behind_a_url_beside_the_base(server: ChatServer, places: list[str]) -> None:
     where = ["-p", f"evaluation.endpoint.base_url={server.base_url}", "-p", "evaluation.endpoint.model=m"]
+    where += ["-p", "evaluation.endpoint.beside_base=true"]
     done = run_cli("4_adapter_evaluation", SMOKE, *where, "-p", "run_name=beside", "-p", "evaluation.rows=8", *places)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "m against base, sampled answers" in shown(Path(places[1].partition("=")[2]) / "beside")
@@ -477,7 +743,7 @@ def test_pass_at_k_is_the_chance_that_k_drawn_answers_hold_a_right_one() -> None
     found = {k: (one.mean, one.n) for k, one in pass_at_k(records).items()}
     assert found[1] == (pytest.approx((1 / 4 + 0 + 1) / 3), 3)
     assert found[2] == (pytest.approx((1 / 2 + 0 + 1) / 3), 3)
-    assert found[4] == (pytest.approx(1 / 2), 2) and set(found) == {1, 2, 4}
+    assert found[4] == (pytest.approx((1 + 0 + 1) / 3), 3) and set(found) == {1, 2, 4}
 
 
 def test_a_masked_answer_solves_nothing_and_without_the_part_there_is_no_pass_at_k() -> None:

@@ -21,7 +21,7 @@ from judge_server import HTTP_FAULTS, JudgeServer, running_judge
 from pydantic import ValidationError
 
 from lib import calls
-from lib.calls import retry_after
+from lib.calls import takes_temperature
 from lib.cost import load_prices, read_bill, record_usage
 from lib.judge import (
     Judge,
@@ -34,8 +34,8 @@ from lib.judge import (
     load_catalogue,
     open_judge,
 )
-from lib.judge.settings import takes_temperature
 from lib.task import TaskError, load_task
+from lib.wire import retry_after
 
 SCHEMA = {
     "type": "object",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lib import show
 from lib.paired import (
     RESAMPLES,
+    PassAt,
     by_category,
     by_part,
     compare,
@@ -203,6 +206,45 @@ def test_an_unscored_answer_is_no_try_and_other_tasks_have_no_pass_at_k() -> Non
     answers = [record("a", 1.0, solved=1.0), record("a", None, solved=None), record("b", 0.0, solved=0.0)]
     assert {k: found.mean for k, found in pass_at_k(answers).items()} == {1: 0.5}
     assert pass_at_k([record("a", 0.5, regret=1.0)]) == {} and pass_at_k([]) == {}
+
+
+def test_the_rows_are_the_same_for_every_k_though_some_tries_could_not_be_scored() -> None:
+    easy = [record("easy", 1.0, solved=1.0)] * 4
+    hard = [record("hard", 0.0, solved=0.0)] * 3 + [record("hard", None)]
+    lost = [record("lost", None)] * 4
+    found = pass_at_k([*easy, *hard, *lost])
+    assert {k: (one.mean, one.n, one.short, one.left_out) for k, one in found.items()} == {
+        1: (0.5, 2, 0, 1), 2: (0.5, 2, 0, 1), 4: (0.5, 2, 1, 1),
+    }  # fmt: skip
+
+
+def test_more_tries_never_solve_less() -> None:
+    rng = random.Random(0)
+    answers = [
+        record(row, None if lost else 1.0, **({} if lost else {"solved": float(rng.random() < 0.3)}))
+        for row in range(40)
+        for lost in (rng.random() < 0.2 for _ in range(8))
+    ]
+    means = [one.mean for one in pass_at_k(answers).values()]
+    assert means == sorted(means) and len(means) == 4
+
+
+@pytest.mark.parametrize(("solved", "chance"), [(0.3, 0.0), (0.999, 0.0), (1.0, 1.0), (True, 1.0)])
+def test_only_what_is_wholly_solved_is_solved(solved: float, chance: float) -> None:
+    assert pass_at_k([record("a", 1.0, solved=solved)])[1].mean == chance
+
+
+def test_pass_at_k_is_shown_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys.modules["lib.show.evaluation"], "table", lambda some, caption: lines.extend(some))
+    show.pass_at_k({"m sampled": {1: PassAt(0.5, 0.0, 1.0, 2, 0, 0), 4: PassAt(0.5, 0.0, 1.0, 2, 1, 3)}})
+    assert lines == [
+        {
+            "policy": "m sampled",
+            "pass@1": "0.500 [0.000, 1.000] n=2",
+            "pass@4": "0.500 [0.000, 1.000] n=2 (1 with fewer tries, 3 never scored)",
+        }
+    ]
 
 
 # -- one policy -------------------------------------------------------------------------------------------------------

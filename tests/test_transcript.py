@@ -65,6 +65,39 @@ def test_roles_turns_calls_and_results_are_told_apart_and_no_text_becomes_markup
     assert "<guess>" not in page and "thinking" in page and "stopped: done; solved 1" in page
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "shown"),
+    [
+        ({"tone": {"verdict": "maybe", "reasons": "x"}}, "tone: {&quot;verdict&quot;: &quot;maybe&quot;, "),
+        ({"tone": {"verdict": ["pass"]}}, "tone: {&quot;verdict&quot;: [&quot;pass&quot;]}"),
+        ({"tone": {"verdict": "pass"}}, "✓</b> tone "),
+        ({"tone": {"verdict": "fail", "reasons": ["a", 1]}}, "✗</b> tone [&quot;a&quot;, 1]"),
+        ({"tone": "<pass>"}, "tone: &lt;pass&gt;"),
+        ({"tone": None}, "tone: null"),
+        (["<a>"], "verdicts: [&quot;&lt;a&gt;&quot;]"),
+        ("fine", "verdicts: fine"),
+    ],
+)
+def test_notes_that_are_no_verdicts_are_shown_as_they_are(verdicts: Any, shown: str) -> None:
+    assert shown in conversation(record(notes={"verdicts": verdicts, "error": {"code": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ({"thinking": ["<a>"]}, "[&quot;&lt;a&gt;&quot;]"),
+        ({"content": [{"text": "<a>"}]}, "[{&quot;text&quot;: &quot;&lt;a&gt;&quot;}]"),
+        ({"tool_calls": ["<add>"]}, "→ &lt;add&gt;"),
+        ({"tool_calls": "add"}, "→ add"),
+        ({"tool_calls": [{"function": None}]}, "→ {&quot;function&quot;: null}"),
+        ({"tool_calls": [{"function": {"name": 5, "arguments": None}}]}, ">5</b>(null)"),
+    ],
+)
+def test_messages_of_another_shape_are_shown_as_they_are(said: dict[str, Any], shown: str) -> None:
+    page = conversation(record(messages=[{"role": "assistant", "content": "", **said}, {"content": "by nobody"}]))
+    assert shown in page and "by nobody" in page
+
+
 def test_an_argument_of_a_megabyte_is_cut_and_counted() -> None:
     call = {"id": "1", "function": {"name": "add", "arguments": "x" * 1_000_000}}
     page = conversation(record(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]))

@@ -151,8 +151,15 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-HOW_ASKED = frozenset(f"evaluation.endpoint.{name}" for name in ("key", "concurrency", "timeout", "attempts"))
-"""Keys that decide how long a stage takes and never its result: they may change between its attempts."""
+_HOW_ASKED = {
+    "evaluation.endpoint": ("key", "concurrency", "timeout", "attempts"),
+    "rewards": ("max_unscored", "world_seconds", "score_seconds"),
+    "sampling.vllm": ("memory_share", "enforce_eager", "block_size", "tool_calls", "tool_parser"),
+}
+HOW_ASKED = frozenset(f"{section}.{name}" for section, names in _HOW_ASKED.items() for name in names)
+"""Keys that decide how long a stage takes, or when it is given up, and never what an answer earns: they may change
+between its attempts. Not the endpoint's base_url, behind which another model may have the same id, and not beside_base,
+which decides what rows are asked and what is compared."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 

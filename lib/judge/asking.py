@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lib.calls import Caller, Choice, Completion, Message, Service, Spent, Tokens, sendable_message
+from lib.calls import Caller, Spent, sendable
 from lib.cost import Usage, load_prices, priced_as, record_usage, token_price
 from lib.judge.errors import JudgeError, JudgeRefused, Reply, UselessReply
 from lib.judge.settings import JudgeSettings, check_budget, check_key, retirement_warnings
 from lib.places import RUN
+from lib.wire import Choice, Completion, Said, Service, Tokens
 
 
 class Totals(NamedTuple):
@@ -114,7 +115,7 @@ class Judge(Caller):
         settings = self.settings
         request: dict[str, Any] = {
             "model": settings.model_id,
-            "messages": [sendable_message(message) for message in messages],
+            "messages": [sendable(message) for message in messages],
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": name, "schema": schema, "strict": True},
@@ -173,7 +174,7 @@ class Judge(Caller):
         elif self._price is not None:
             usd = token_price(self._prices, self._price, used.prompt_tokens, used.completion_tokens)
         took = Reply("", used.prompt_tokens, used.completion_tokens, usd, spent.seconds, spent.attempts)
-        choice = completion.choices[0] if completion.choices else Choice(message=Message())
+        choice = completion.choices[0] if completion.choices else Choice(message=Said())
         text = choice.message.content or ""
         if choice.finish_reason == "length":
             cause = f"judge: cut off at {self.settings.max_tokens} tokens (task.judge.max_tokens)"

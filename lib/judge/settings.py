@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from fnmatch import fnmatch
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +15,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lib import PROJECT_ROOT
+from lib.calls import MODEL_IDS, takes_temperature
 from lib.cost import Prices, load_prices, priced_as, undated
 from lib.judge.errors import JudgeRefused
-
-JUDGES = PROJECT_ROOT / "configs" / "judges.yaml"
 
 WARN_DAYS = 90
 """Days before an id's end from which on it is warned of."""
@@ -165,7 +162,7 @@ class Catalogue(BaseModel, frozen=True, extra="forbid"):
 
 
 @cache
-def load_catalogue(path: Path = JUDGES) -> Catalogue:
+def load_catalogue(path: Path = MODEL_IDS) -> Catalogue:
     """Read the file of model ids, once. Raises JudgeRefused where it is missing or cannot be used."""
     import yaml
 
@@ -178,11 +175,6 @@ def load_catalogue(path: Path = JUDGES) -> Catalogue:
         raise JudgeRefused(f"{path} cannot be used:\n" + "\n".join(places)) from None
     except (ValueError, yaml.YAMLError) as error:
         raise JudgeRefused(f"{path} cannot be read: {error}") from None
-
-
-def takes_temperature(model: str) -> bool:
-    """Whether the file of model ids lets a temperature be sent to a model; the maker's name before a / is left out."""
-    return not any(fnmatch(model.rpartition("/")[2], pattern) for pattern in load_catalogue().no_temperature)
 
 
 # what can be told without asking --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.evaluate import Comparison
-from lib.paired import Gain, Summary
+from lib.paired import Gain, PassAt, Summary
 from lib.show.figure import BLUE, GREEN, GREY, RED, done, draw_bars, new_figure
 from lib.show.page import put, table, text
 
@@ -44,15 +44,15 @@ def summaries(policies: Sequence[Summary]) -> None:
     )
 
 
-def pass_at_k(by_policy: Mapping[str, Mapping[int, Gain]]) -> None:
+def pass_at_k(by_policy: Mapping[str, Mapping[int, PassAt]]) -> None:
     """The share of rows solved in k tries, policy by policy; says so where the task has no part `solved`."""
     lines = [
-        {"policy": label, **{f"pass@{k}": f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for k, e in some.items()}}
+        {"policy": label, **{f"pass@{k}": _pass_at(one) for k, one in some.items()}}
         for label, some in by_policy.items()
         if some
     ]
     if lines:
-        table(lines, "Rows solved in k tries (95 % interval over rows)")
+        table(lines, "Rows solved in k tries (95 % interval over n rows)")
     else:
         text("pass@k: this task has no answers that are simply right or wrong (no part `solved`)")
 
@@ -173,6 +173,12 @@ def _ranking(ranked: Sequence[Summary], base: Summary) -> Figure:
     ax.legend()
     ax.margins(x=0.15)
     return done(figure)
+
+
+def _pass_at(one: PassAt) -> str:
+    counts = {"with fewer tries": one.short, "never scored": one.left_out}
+    lacking = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}] n={one.n}" + f" ({lacking})" * bool(lacking)
 
 
 def _interval(gain: Gain) -> str:

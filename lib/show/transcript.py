@@ -1,7 +1,7 @@
 """One rollout turn by turn: who said what, tool calls and results, and letters marked G, Y or X in their colours.
 
 Owns how a conversation looks. Must not know tasks: marks are read off the text, a line of single G, Y and X
-below a line of as many single letters.
+below a line of as many single letters. Notes are free: what does not look like verdicts is shown as JSON.
 
     python -c "from lib.show import transcript; transcript([])"
 """
@@ -55,7 +55,7 @@ def conversation(record: Record) -> str:
     """A record's messages as HTML, turns numbered, and what the score says of them."""
     blocks, turn = [], 0
     for message in record["messages"]:
-        turn += message["role"] == "assistant"
+        turn += message.get("role") == "assistant"
         blocks.append(_block(message, turn))
     return "".join(blocks) + _score(record)
 
@@ -80,12 +80,12 @@ def _order(record: Record) -> tuple[bool, float]:
 
 def _title(record: Record) -> str:
     reward = "masked" if record["masked"] else "unscored" if record["reward"] is None else f"{record['reward']:.3g}"
-    turns = sum(message["role"] == "assistant" for message in record["messages"])
+    turns = sum(message.get("role") == "assistant" for message in record["messages"])
     return f"{record['row']}: {reward}, {turns} turn{'s' * (turns != 1)}"
 
 
 def _block(message: Mapping[str, Any], turn: int) -> str:
-    role = str(message["role"])
+    role = str(message.get("role"))
     color = _COLORS.get(role, GREY)
     name = f"{role}, turn {turn}" if role == "assistant" else f"{role} {message.get('name') or ''}".strip()
     inside = "".join(_inside(message))
@@ -97,16 +97,21 @@ def _block(message: Mapping[str, Any], turn: int) -> str:
 
 def _inside(message: Mapping[str, Any]) -> Iterator[str]:
     if message.get("thinking"):
-        yield details("thinking", _pre(html.escape(_cut(message["thinking"]))))
-    content = message.get("content")
-    if content:
-        yield _pre(_tiles(_cut(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False))))
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        name = html.escape(str(function.get("name")))
-        yield _pre(f'→ <b style="color:{ORANGE}">{name}</b>({html.escape(_cut(shown))})')
+        yield details("thinking", _pre(html.escape(_text(message["thinking"]))))
+    if message.get("content"):
+        yield _pre(_tiles(_text(message["content"])))
+    calls = message.get("tool_calls") or ()
+    for call in calls if isinstance(calls, list) else [calls]:
+        yield _pre(_call(call))
+
+
+def _call(call: Any) -> str:
+    """add({"a": 1}); what has no function and name as JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict) or "name" not in function:
+        return f"→ {html.escape(_text(call))}"
+    name, arguments = html.escape(_text(function["name"])), html.escape(_text(function.get("arguments")))
+    return f'→ <b style="color:{ORANGE}">{name}</b>({arguments})'
 
 
 def _tiles(text: str) -> str:
@@ -124,7 +129,7 @@ def _word_tiles(reasons: str) -> str:
     """CRANE XXYGX as tiles; any other text as it is."""
     found = _MARKED_WORD.match(reasons)
     if found is None or len(found[1]) != len(found[2]):
-        return html.escape(_cut(reasons))
+        return html.escape(_text(reasons))
     return "".join(map(_tile, found[1], found[2]))
 
 
@@ -136,15 +141,29 @@ def _tile(letter: str, mark: str) -> str:
 
 def _score(record: Record) -> str:
     parts = ", ".join(f"{name} {value:.3g}" for name, value in record["parts"].items() if value is not None)
-    lines = [f"stopped: {record['stop']}" + f"; {parts}" * bool(parts)]
+    lines = [html.escape(f"stopped: {record['stop']}" + f"; {parts}" * bool(parts))]
     if record["notes"].get("error"):
-        lines.append(f"error: {record['notes']['error']}")
-    shown = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
-    for name, one in (record["notes"].get("verdicts") or {}).items():
-        color, mark = _VERDICTS[one["verdict"]]
-        said = f"{html.escape(str(one.get('text', name)))} {_word_tiles(str(one['reasons']))}"
-        shown += f'<div><b style="color:{color}">{mark}</b> {said}</div>'
+        lines.append(html.escape(f"error: {_text(record['notes']['error'])}"))
+    verdicts = record["notes"].get("verdicts") or {}
+    each = verdicts.items() if isinstance(verdicts, dict) else [("verdicts", verdicts)]
+    lines += [_verdict(name, one) for name, one in each]
+    shown = "".join(f"<div>{line}</div>" for line in lines)
     return f'<div style="border-left:3px solid {GREY};margin:4px 0;padding:2px 8px"><small>{shown}</small></div>'
+
+
+def _verdict(name: str, one: Any) -> str:
+    """✓ text reasons; what has no such verdict as JSON."""
+    known = one.get("verdict") if isinstance(one, dict) else None
+    if not isinstance(known, str) or known not in _VERDICTS:
+        return html.escape(f"{name}: {_text(one)}")
+    color, mark = _VERDICTS[known]
+    said = f"{html.escape(_text(one.get('text', name)))} {_word_tiles(_text(one.get('reasons', '')))}"
+    return f'<b style="color:{color}">{mark}</b> {said}'
+
+
+def _text(value: Any) -> str:
+    """A text as it is, anything else as JSON; cut where it is too long to show."""
+    return _cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _pre(markup: str) -> str:
