@@ -6,7 +6,7 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl verifiers lab check lock lock-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -18,7 +18,7 @@ run: setup ## the whole chain of notebooks on CONFIG=configs/decisions.yaml
 	@$(python) -m lib.run all $(CONFIG) $(ARGS)
 
 test: export TESTS = 1
-test: setup ## the tests (ARGS="-k ledger" for some)
+test: setup verifiers ## the tests (ARGS="-k ledger" for some)
 	@$(python) -m pytest $(ARGS)
 
 learn-coding: setup ## GRPO on one-line functions in the sandbox: held-out pass rate before and after (about 10 minutes)
@@ -28,12 +28,15 @@ learn-wordle: setup ## GRPO on Wordle with 3 letters: held-out win rate before a
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) benchmarks/wordle_gain.py $(ARGS)
 
 learn-functions: setup ## GRPO on short function calls: held-out exact match before and after (about 10 minutes)
-	@$(python) -m lib.run all configs/functions_toy.yaml $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) benchmarks/functions_gain.py $(ARGS)
 
 test-bfcl: setup ## 20,000 seeded mutations against bfcl-eval in an environment of its own (build/bfcl)
 	@test -x build/bfcl/bin/python || $(python) -m venv build/bfcl
 	@build/bfcl/bin/python -m pip install -q --no-deps bfcl-eval==2026.3.23
 	@PYTHONPATH=. $(python) tests/bfcl_parity.py --python build/bfcl/bin/python $(ARGS)
+
+verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests
+	@$(python) -m lib.tasks._verifiers_make classic v1
 
 lab: setup ## JupyterLab on the notebooks
 	@$(python) -m jupyter lab $(lab_flags) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(ARGS)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from lib import PROJECT_ROOT
-from lib.config import load_config
+from lib.config import load_config, own_task
 from lib.rollout import submit
 from lib.task import Message, Rollout, Row, Score, Task, TaskError, Turn, load_task, task_names
 
@@ -253,8 +252,7 @@ def config_of(name: str) -> Path:
     """The smallest config of a task: what a user would start from."""
     paths = sorted((PROJECT_ROOT / "configs").rglob("*.yaml"), key=lambda path: ("smoke" not in path.parts, path))
     for path in paths:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if values["task"]["name"] == name:
+        if own_task(path) == name:
             return path
     raise AssertionError(f"configs/ has no config of the task {name!r}: a task is its file, its test and a config")
 
