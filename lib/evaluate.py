@@ -7,6 +7,7 @@ Owns which policies are evaluated, sampling, and the records in `evaluation/`. M
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,14 +19,16 @@ from typing import Any, NamedTuple
 from lib import WorkbenchError, models
 from lib.answering import answer_rows, answer_there, keep_records
 from lib.config import Config
-from lib.endpoint import sampling_sent
-from lib.generate import Chat, batched, end_ids, local_sample, within_limit
-from lib.paired import Gain, Summary, compare, pass_at_k, summarize
+from lib.endpoint import check_key, sampling_sent, service_of
+from lib.generate import Chat, batched, chat_of, local_sample, unloaded_chat, within_limit
+from lib.paired import Gain, PassAt, Summary, compare, pass_at_k, summarize
+from lib.patience import Patience
 from lib.places import locate
 from lib.runfolder import (
     Run,
     RunError,
     base_hash,
+    exclusive,
     plain,
     read_lines,
     read_run,
@@ -34,14 +37,17 @@ from lib.runfolder import (
     weights_hash,
     write_json,
 )
-from lib.tables import JsonlTable
+from lib.tables import JsonlTable, TableErrors, Where
 from lib.task import Row, Task, nearest
+from lib.tools import check_tools
 
 logger = logging.getLogger(__name__)
 
 STAGE = "evaluation"
 SECTIONS = ("task", "model", "starter", "sampling", "rewards", "evaluation")
 BASE = "base"
+_LONGEST_NAME = 100
+"""Characters of a policy's name, of which its files' names are made: file systems take 255 bytes."""
 
 
 class Policy(NamedTuple):
@@ -69,16 +75,23 @@ class Comparison(NamedTuple):
     """Where evaluation.runs names runs: the config keys in which they differ, by run, the best sampled reward first."""
     over_runner_up: Gain | None
     """The best run's sampled answers against the second best's; chosen on these very rows, so it flatters the best."""
-    pass_at: dict[str, dict[int, Gain]]
-    """Of sampled answers, by label; empty lists where the task has no part `solved`."""
+    pass_at: dict[str, dict[int, PassAt]]
+    """Of sampled answers, by label and k; empty where the task has no part `solved`."""
 
 
 def evaluate_run(config: Config, task: Task, run: Run) -> Comparison:
     """Evaluate base, checkpoints and result of a run (or what the config names instead) on its held-out rows.
 
-    Resumable: a policy whose answers are on disk is not asked again. Raises UnscoredLimitError.
+    Resumable: a policy whose answers are on disk is not asked again. One process at a time. Raises UnscoredLimitError.
     """
+    with exclusive(run.path("stages", f"{STAGE}.lock"), wait=2.0, doing="is evaluating this run"):
+        return _evaluate(config, task, run)
+
+
+def _evaluate(config: Config, task: Task, run: Run) -> Comparison:
     rows = held_out_rows(config, run)
+    if not rows:
+        raise RunError("there is no held-out row to evaluate: give evaluation.prompts, or task.split_ratio below 1")
     policies = policies_of(config, run)
     inputs = _inputs(policies, rows) | task_file_hash(config) | base_hash(config)
     finished = run.begin(STAGE, SECTIONS, inputs, ("evaluation",), ("evaluation/*.jsonl",)) is not None
@@ -159,10 +172,39 @@ def held_out_rows(config: Config, run: Run) -> Sequence[Row]:
         path = locate(config.evaluation.prompts)
         if not path.is_file():
             raise RunError(f"evaluation.prompts: {path} is not a file; give a JSONL file of rows {{id, prompt, ...}}")
-        rows: Sequence[Row] = JsonlTable(path)
-    else:
-        rows = run.read_rows("eval")
+        return _given_rows(JsonlTable(path), config.evaluation.rows)
+    rows = run.read_rows("eval")
     return rows[: config.evaluation.rows] if config.evaluation.rows else rows
+
+
+def _given_rows(table: JsonlTable, count: int) -> Sequence[Row]:
+    """The first rows of a user's own file, 0 = all. Raises TaskError with every problem among them."""
+    rows = table[:count] if count else table
+    errors, seen = TableErrors(), dict[str, str]()
+    for number, row in enumerate(rows):
+        where = errors.at(table.name, table.place(number))
+        _check_row(row, where)
+        if "id" in row and (first := seen.setdefault(str(row["id"]), where.row)) != where.row:
+            where.report("id", f"{row['id']!r} stands in {first} too: two rows would count as one with two answers")
+    errors.raise_if_any()
+    return rows
+
+
+def _check_row(row: Row, where: Where) -> None:
+    """What every row needs, before anything is asked."""
+    identity, prompt = row.get("id"), row.get("prompt")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        where.report("id", "missing, or neither a text nor a whole number")
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
+        where.report("prompt", 'not a list of chat messages: [{"role": "user", "content": "..."}]')
+    if not isinstance(row.get("tools", []), list):
+        where.report("tools", "not a list of functions")
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), (str, list)) or bool(value.get("tool_calls"))
 
 
 def policies_of(config: Config, run: Run) -> list[Policy]:
@@ -172,8 +214,7 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
         return [base, *_named_policies(config, run)]
     endpoint = config.evaluation.endpoint
     if endpoint.base_url:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", endpoint.model).strip("-.") or "endpoint"
-        behind_url = Policy("endpoint" if name == BASE else name, None, False, is_endpoint=True)
+        behind_url = Policy(_file_name(endpoint.model), None, False, is_endpoint=True)
         return [base, behind_url] if endpoint.beside_base else [behind_url]
     named = config.evaluation.adapter or config.evaluation.model
     if named:
@@ -194,6 +235,14 @@ def policies_of(config: Config, run: Run) -> list[Policy]:
         if config.evaluation.checkpoints and folder.name != f"step-{last}"
     ]
     return [base, *checkpoints, Policy(final.name, str(final), is_adapter)]
+
+
+def _file_name(model: str) -> str:
+    """A model's id as a file can be named; a long one is cut and told apart by its hash."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return "endpoint" if name in ("", BASE) else name
 
 
 def _named_policies(config: Config, run: Run) -> list[Policy]:
@@ -291,6 +340,8 @@ def _answer_missing(
     config: Config, task: Task, run: Run, rows: Sequence[Row], missing: list[tuple[Policy, bool]]
 ) -> None:
     here = [(policy, greedy) for policy, greedy in missing if not policy.is_endpoint]
+    if len(here) < len(missing):
+        check_key(service_of(config.evaluation.endpoint))  # before others have answered for hours
     if here:
         _answer_here(config, task, run, rows, here)
     for policy, greedy in missing:
@@ -307,7 +358,7 @@ def _answer_here(config: Config, task: Task, run: Run, rows: Sequence[Row], miss
     for policy, model in _loaded(config, source, [policy for policy, _ in missing]):
         whole = policy.path if policy.path and not policy.is_adapter else source
         tokenizer = models.load_tokenizer(whole, config.model)
-        chat = Chat(tokenizer, end_ids(model, tokenizer))
+        chat = chat_of(config, model, tokenizer)
         asked = _asked_rows(config, rows, chat)
         for greedy in [g for p, g in missing if p.name == policy.name]:
             torch.manual_seed(config.evaluation.seed)
@@ -315,7 +366,8 @@ def _answer_here(config: Config, task: Task, run: Run, rows: Sequence[Row], miss
             samples = 1 if greedy else config.evaluation.samples
             label = _label(policy.name, greedy)
             limit = config.rewards.max_unscored
-            records = answer_rows(task, asked, batched(chat, sample), samples, limit, where=label)
+            patience = Patience(config.rewards.world_seconds, config.rewards.score_seconds)
+            records = answer_rows(task, asked, batched(chat, sample), samples, limit, label, patience)
             keep_records(_file(run, policy.name, greedy), records)
             logger.info("evaluation: %s on %d rows: reward %.4f", label, len(asked), summarize(label, records).reward)
 
@@ -324,7 +376,7 @@ def _rows_for_endpoint(config: Config, run: Run, rows: Sequence[Row]) -> Sequenc
     """The rows that the base answers too, by its tokenizer's count of a prompt; all rows where it is not asked."""
     if not config.evaluation.endpoint.beside_base:
         return rows
-    return _asked_rows(config, rows, Chat(models.load_tokenizer(_source(config, run), config.model)))
+    return _asked_rows(config, rows, unloaded_chat(config, _source(config, run)))
 
 
 def _loaded(config: Config, source: str, policies: Iterable[Policy]) -> Iterator[tuple[Policy, Any]]:
@@ -344,6 +396,8 @@ def _loaded(config: Config, source: str, policies: Iterable[Policy]) -> Iterator
 
 
 def _asked_rows(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:
+    """The rows that fit. Raises ToolsError where the template does not show a row's tools."""
+    check_tools(chat, rows)
     limit = config.sampling.prompt_limit
     kept = [rows[index] for index in within_limit(rows, chat, limit)]
     if len(kept) < len(rows):
@@ -356,8 +410,6 @@ def _asked_rows(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:
 
 
 def _inputs(policies: Iterable[Policy], rows: Sequence[Row]) -> dict[str, str]:
-    import hashlib
-
     digest = hashlib.sha256()
     for row in rows:
         digest.update(to_line(row).encode())

@@ -15,10 +15,11 @@ from typing import Any
 
 from lib import models
 from lib.config import Config
-from lib.generate import Chat
+from lib.generate import Chat, unloaded_chat
 from lib.places import input_name
 from lib.runfolder import Run, hash_file, task_file_hash
 from lib.task import Row, Split, Task, TaskError
+from lib.tools import ToolsError, check_tools
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,18 @@ def _hashes(files: Sequence[Path]) -> dict[str, str]:
 
 
 def open_chat(config: Config, run: Run) -> Chat:
-    """The policy's tokenizer and chat template, for a look at rendered prompts and their lengths."""
-    source = models.resolve_model(config, run.read_rows("train"))
-    return Chat(models.load_tokenizer(source, config.model))
+    """The policy's tokenizer and chat template, for a look at rendered prompts and their lengths.
+
+    Warns where it does not show the rows' tools: inspection, training and evaluation of such a policy are refused, but
+    the one that is asked may be another, behind a URL.
+    """
+    rows = run.read_rows("train")
+    chat = unloaded_chat(config, models.resolve_model(config, rows))
+    try:
+        check_tools(chat, rows)
+    except ToolsError as error:
+        logger.warning("%s", error)
+    return chat
 
 
 def token_lengths(chat: Chat, run: Run) -> dict[str, list[int]]:

@@ -21,18 +21,23 @@ from typing import Any, NamedTuple, TypeVar
 
 from lib import WorkbenchError
 from lib.log import scrub
+from lib.patience import Patience
 from lib.task import Generate, Message, Rollout, Row, Score, Task, Turn
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WORLD_LIMIT = 600.0
-"""Seconds that a task's `reply` may take."""
-
 
 class UnscoredLimitError(WorkbenchError, RuntimeError):
     """Too many rollouts could not be judged: their rewards say nothing about the policy."""
+
+
+class OutOfRoomError(WorkbenchError, RuntimeError):
+    """A Generate raises it where the conversation has no room for another turn: the rollout ends there, as cut off."""
+
+    def __init__(self) -> None:
+        super().__init__("the conversation is as long as it may be, and the policy has said nothing yet")
 
 
 class Scored(NamedTuple):
@@ -47,8 +52,8 @@ class Request(NamedTuple):
     tools: Sequence[dict[str, Any]] | None
     previous: Turn | None
     """The policy's turn before this one: its ids are kept, only the messages after it are rendered."""
-    said_at: int | None = None
-    """Where that turn's message stands in `messages`; None = it is looked for."""
+    said_at: int
+    """Where that turn's message stands in `messages`; 0 where there is none."""
 
 
 class TokenRow(NamedTuple):
@@ -60,29 +65,37 @@ class TokenRow(NamedTuple):
     logprobs: list[float] | None
 
 
-BatchGenerate = Callable[[list[Request]], list[Turn]]
+BatchGenerate = Callable[[list[Request]], Sequence[Turn | None]]
+"""One turn for each request; None where the conversation has no room for another one."""
 
 
 async def run_rollout(task: Task, row: Row, generate: Generate) -> Rollout:
     """Play one row to its end: the policy's turns from `generate`, the world's from `task.reply`."""
     rollout = Rollout(row=row, messages=tuple(row["prompt"]), turns=())
-    async for played in _play(task, rollout, generate):
+    async for played in _play(task, rollout, generate, Patience()):
         rollout = played
     return rollout
 
 
-async def attempt(task: Task, row: Row, generate: Generate, played_out: Callable[[], None] | None = None) -> Scored:
-    """Play and score one row. What breaks on the way makes it unscored (reward None), never zero.
+async def attempt(
+    task: Task,
+    row: Row,
+    generate: Generate,
+    played_out: Callable[[], None] | None = None,
+    patience: Patience | None = None,
+) -> Scored:
+    """Play and score one row. What breaks on the way, or takes too long, makes it unscored (reward None), never zero.
 
-    `played_out` is called when the policy has no more turns to supply, before the scoring.
+    `played_out` is called when the policy has no more turns to supply, before the scoring. `patience` is that of the
+    batch; None = this row is one by itself.
     """
-    rollout = Rollout(row=row, messages=tuple(row["prompt"]), turns=())
+    rollout, patience = Rollout(row=row, messages=tuple(row["prompt"]), turns=()), patience or Patience()
     try:
-        async for played in _play(task, rollout, generate):
+        async for played in _play(task, rollout, generate, patience):
             rollout = played
         if played_out:
             played_out()
-        score = await task.score(rollout)
+        score = await patience.score.limit(task.score(rollout))
         _check_score(task, score)
     # The one boundary: a broken world or scorer is not the policy's fault, not even one that calls exit().
     except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
@@ -94,12 +107,12 @@ async def attempt(task: Task, row: Row, generate: Generate, played_out: Callable
     return Scored(rollout, score)
 
 
-def collect(task: Task, rows: Sequence[Row], generate: BatchGenerate) -> list[Scored]:
+def collect(task: Task, rows: Sequence[Row], generate: BatchGenerate, patience: Patience | None = None) -> list[Scored]:
     """Play and score rows in lockstep: `generate` runs in the calling thread whenever every live rollout waits for it.
 
     One batch in row order, so timing never changes a result. Scoring overlaps with later turns. Results in row order.
     """
-    lockstep = _Lockstep()
+    lockstep = _Lockstep(patience or Patience())
     done = submit(lockstep.play_all(task, rows))
     try:
         while (batch := lockstep.batches.get()) is not None:
@@ -111,14 +124,14 @@ def collect(task: Task, rows: Sequence[Row], generate: BatchGenerate) -> list[Sc
 
 
 def play_each(
-    task: Task, rows: Iterable[Row], generate: Generate, at_once: int
+    task: Task, rows: Iterable[Row], generate: Generate, at_once: int, patience: Patience | None = None
 ) -> Generator[tuple[int, Scored], None, None]:
     """Play and score rows side by side, each at its own pace, `at_once` at a time: (index, result) as each one ends.
 
     Closing the iterator cancels what is still going on.
     """
     ended: queue.SimpleQueue[tuple[int, Scored] | None] = queue.SimpleQueue()
-    done = submit(_play_side_by_side(task, rows, generate, at_once, ended))
+    done = submit(_play_side_by_side(task, rows, generate, at_once, patience or Patience(), ended))
     try:
         while (one := ended.get()) is not None:
             yield one
@@ -201,13 +214,14 @@ async def _play_side_by_side(
     rows: Iterable[Row],
     generate: Generate,
     at_once: int,
+    patience: Patience,
     ended: queue.SimpleQueue[tuple[int, Scored] | None],
 ) -> None:
     waiting = enumerate(rows)
 
     async def play_next() -> None:
         for index, row in waiting:
-            ended.put((index, await attempt(task, row, generate)))
+            ended.put((index, await attempt(task, row, generate, patience=patience)))
 
     try:
         await asyncio.gather(*(play_next() for _ in range(at_once)))
@@ -215,36 +229,30 @@ async def _play_side_by_side(
         ended.put(None)
 
 
-async def _play(task: Task, rollout: Rollout, generate: Generate) -> AsyncIterator[Rollout]:
-    """The rollout after each turn; the last one carries why it stopped."""
+async def _play(task: Task, rollout: Rollout, generate: Generate, patience: Patience) -> AsyncIterator[Rollout]:
+    """The rollout after each turn; the last one carries why it stopped, and ends with the policy's word."""
+    asked = rollout
     while True:
-        turn = await generate(rollout.messages, rollout.row.get("tools"))
-        rollout = rollout.model_copy(
-            update={"messages": (*rollout.messages, turn.message), "turns": (*rollout.turns, turn)}
-        )
+        try:
+            turn = await generate(asked.messages, asked.row.get("tools"))
+        except OutOfRoomError:
+            if not rollout.turns:
+                raise
+            yield rollout.model_copy(update={"stop": "length"})  # without the world's words that had no room
+            return
+        rollout = asked.model_copy(update={"messages": (*asked.messages, turn.message), "turns": (*asked.turns, turn)})
         if turn.stop == "length":
             yield rollout.model_copy(update={"stop": "length"})
             return
         yield rollout  # before the world answers: where that breaks, the sampled turn is kept
-        replies = await _answer_of(task, rollout)
+        # One world that is stuck would hold up all rollouts in lockstep with it.
+        replies = await patience.world.limit(task.reply(rollout))
         if not replies:
             return
         if len(rollout.turns) >= task.max_turns:
             yield rollout.model_copy(update={"stop": "max_turns"})
             return
-        rollout = rollout.model_copy(update={"messages": (*rollout.messages, *replies)})
-
-
-async def _answer_of(task: Task, rollout: Rollout) -> list[Message]:
-    """The world's answer. Raises TimeoutError: one that is stuck would hold up all rollouts in lockstep with it."""
-    limit = asyncio.timeout(WORLD_LIMIT)
-    try:
-        async with limit:
-            return await task.reply(rollout)
-    except TimeoutError:
-        if not limit.expired():
-            raise  # the world's own
-        raise TimeoutError(f"the task's reply took longer than {WORLD_LIMIT:g} s") from None
+        asked = rollout.model_copy(update={"messages": (*rollout.messages, *replies)})
 
 
 def _check_score(task: Task, score: Score) -> None:
@@ -259,10 +267,11 @@ def _check_score(task: Task, score: Score) -> None:
 class _Lockstep:
     """Collects the requests of all live rollouts; hands over a batch once every one of them waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self.batches: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
-        self._waiting: dict[int, tuple[Request, asyncio.Future[Turn]]] = {}
-        self._handed: list[asyncio.Future[Turn]] = []
+        self._waiting: dict[int, tuple[Request, asyncio.Future[Turn | None]]] = {}
+        self._handed: list[asyncio.Future[Turn | None]] = []
         self._live: set[int] = set()
 
     async def play_all(self, task: Task, rows: Sequence[Row]) -> list[Scored]:
@@ -272,7 +281,7 @@ class _Lockstep:
         finally:
             self.batches.put(None)
 
-    def deliver(self, turns: list[Turn]) -> None:
+    def deliver(self, turns: Sequence[Turn | None]) -> None:
         """Called from the generating thread: wakes the rollouts of the last batch."""
         futures, self._handed = self._handed, []
         if len(turns) != len(futures):
@@ -285,14 +294,17 @@ class _Lockstep:
 
         async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
             nonlocal previous, said_at
-            future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
             self._waiting[index] = (Request(messages, tools, previous, said_at), future)
             self._hand_over()
-            previous, said_at = await future, len(messages)
-            return previous
+            turn = await future
+            if turn is None:
+                raise OutOfRoomError
+            previous, said_at = turn, len(messages)
+            return turn
 
         try:
-            return await attempt(task, row, generate, played_out=lambda: self._leave(index))
+            return await attempt(task, row, generate, lambda: self._leave(index), self._patience)
         finally:
             self._leave(index)
 
@@ -310,7 +322,7 @@ class _Lockstep:
             self.batches.put(requests)
 
 
-def _resolve(futures: list[asyncio.Future[Turn]], turns: list[Turn]) -> None:
+def _resolve(futures: list[asyncio.Future[Turn | None]], turns: Sequence[Turn | None]) -> None:
     for future, turn in zip(futures, turns, strict=True):
         if not future.done():
             future.set_result(turn)

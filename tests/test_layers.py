@@ -30,7 +30,7 @@ ORDER = """
     rollout
     models   starter   trainer   paired
     generate   endpoint
-    answering
+    answering   tools
     evaluate   prepare
     meter   attacks
     preflight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from safetensors.numpy import load_file
 
 from lib import PROJECT_ROOT
 from lib.backends import local
-from lib.config import load_config, parse_config
+from lib.config import Config, load_config, parse_config
+from lib.evaluate import evaluate_run
+from lib.generate import Chat
 from lib.prepare import prepare
 from lib.rollout import UnscoredLimitError
 from lib.runfolder import Run, open_run, read_run
-from lib.task import load_task
+from lib.task import Task, load_task
+from lib.tools import ToolsError
 
 
 class NeverStop:
@@ -72,8 +76,6 @@ def test_a_run_stopped_in_any_epoch_resumes_bit_identical(chain: Any, workspace:
 
 
 def test_a_run_killed_after_its_last_checkpoint_only_saves(chain: Any, workspace: Path) -> None:
-    import shutil
-
     _, adapter = train("last", workspace)
     assert adapter is not None
     kept = adapter.with_name("kept")
@@ -180,6 +182,113 @@ def test_a_scorer_that_breaks_stops_the_run_with_the_reasons_counted(
     assert local.train(tolerant, loaded, run.read_rows("train"), run, NeverStop()) is not None
     assert all(r["reward"] is None for r in run.rollouts() if int(r["row"]) % 2)
     assert 0 < run.metrics()[0]["rollouts/unscored"] <= 1
+
+
+TALKS = """
+import asyncio
+from lib.task import Score, Task
+
+class Talks(Task, frozen=True):
+    max_turns: int = 6
+    stuck: str = ""
+    calls: bool = False
+
+    def rows(self, split):
+        tools = [{"type": "function", "function": {"name": "store", "parameters": {"type": "object"}}}] * self.calls
+        return [{"id": f"{split}-{i}", "prompt": [{"role": "user", "content": f"hour {i:02d}"}],
+                 "gold": [{"role": "assistant", "content": "[1]"}], "tools": tools} for i in range(16)]
+
+    async def reply(self, rollout):
+        await self.wait("reply", rollout)
+        return [{"role": "user", "content": f"storage {len(rollout.turns)} demand 2"}]
+
+    async def score(self, rollout):
+        await self.wait("score", rollout)
+        return Score(reward=len(rollout.text) % 7 / 7, parts={"cut": float(rollout.stop == "length")})
+
+    async def wait(self, method, rollout):
+        if self.stuck == method and int(rollout.row["id"].split("-")[1]) % 2:
+            await asyncio.Event().wait()
+"""
+
+
+def talking(
+    name: str, workspace: Path, folder: Path, positions: int = 64, **sections: dict[str, Any]
+) -> tuple[Config, Task, Run]:
+    """A run of a task with tools and several turns, on the starter policy with room for so many tokens."""
+    (folder / "talks.py").write_text(TALKS)
+    starter = next((workspace / "cache" / "starter").glob("starter-*"))
+    policy = shutil.copytree(starter, folder / "policy", dirs_exist_ok=True)
+    shape = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": positions}))
+    values: dict[str, Any] = {"task": {"name": str(folder / "talks.py")} | sections.pop("task", {})}
+    values |= {"model": {"name": str(policy)}, "paths": {"outputs": str(workspace / "outputs")}}
+    values |= {"training": {"steps": 2, "batch": 16, "group_size": 4, "save_steps": 1}}
+    config = parse_config(values | {"sampling": {"completion_limit": 40, "prompt_limit": 48}} | sections)
+    task, run = load_task(config.task.name, **config.task.params), open_run(name, config)
+    prepare(task, run)
+    return config, task, run
+
+
+def test_no_rollout_outgrows_the_models_room_in_training_and_those_that_would_end_as_cut_off(
+    chain: Any, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import GRPOTrainer
+
+    batches, asked = [], []
+    make, sample = local.to_batch, GRPOTrainer._generate_single_turn
+
+    def watched(trainer: Any, prompts: Any, *rest: Any) -> Any:
+        told = sample(trainer, prompts, *rest)
+        asked.extend(len(prompt) + len(output) for prompt, output in zip(prompts, told[0], strict=True))
+        return told
+
+    monkeypatch.setattr(local, "to_batch", lambda *given: batches.append(make(*given)) or batches[-1])
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", watched)
+    config, task, run = talking("room", workspace, tmp_path)
+    assert local.train(config, task, run.read_rows("train"), run, NeverStop()) is not None
+    kept = [len(p) + len(o) for batch in batches for p, o in zip(batch.prompt_ids, batch.output_ids, strict=True)]
+    assert len(kept) == 32 and max(kept) <= 64 and max(asked) <= 64
+    assert all(mask[-1] == 1 for batch in batches for mask in batch.mask)
+    ends = {record["stop"] for record in run.rollouts()}
+    assert "length" in ends and all(record["reward"] is not None for record in run.rollouts())
+    assert all(record["parts"]["cut"] == (record["stop"] == "length") for record in run.rollouts())
+    said: list[int] = []
+    take = Chat.turn
+    monkeypatch.setattr(
+        Chat, "turn", lambda self, p, o, logprobs: said.append(len(p + o)) or take(self, p, o, logprobs)
+    )
+    comparison = evaluate_run(config, task, run)
+    assert max(said) <= 64 and {"length"} <= {r["stop"] for some in comparison.records.values() for r in some}
+
+
+@pytest.mark.parametrize("method", ["score", "reply"])
+def test_what_is_stuck_is_given_up_after_the_seconds_of_the_config(
+    chain: Any, workspace: Path, tmp_path: Path, method: str
+) -> None:
+    seconds = {"score_seconds": 0.5, "world_seconds": 0.5, "max_unscored": 0.0}
+    config, task, run = talking(f"stuck-{method}", workspace, tmp_path, task={"stuck": method}, rewards=seconds)
+    setting = "score_seconds" if method == "score" else "world_seconds"
+    told = f"x TimeoutError: the task's {method} took longer than rewards.{setting} = 0.5 s"
+    with pytest.raises(UnscoredLimitError, match=told):
+        local.train(config, task, run.read_rows("train"), run, NeverStop())
+
+
+def test_a_template_that_does_not_show_the_tools_is_refused_before_anything_is_sampled_or_evaluated(
+    chain: Any, workspace: Path, tmp_path: Path
+) -> None:
+    config, task, run = talking("blind", workspace, tmp_path, task={"calls": True})
+    template = tmp_path / "policy" / "chat_template.jinja"
+    shown = template.read_text()
+    template.write_text(shown.replace("if tools", "if false"))
+    assert template.read_text() != shown
+    with pytest.raises(ToolsError, match=r"row train-0: .* leaves out the row's tools \(store\).*task.prompting: text"):
+        local.train(config, task, run.read_rows("train"), run, NeverStop())
+    assert run.rollouts() == []
+    shutil.copytree(chain[0] / "adapter", run.folder / "adapter")
+    with pytest.raises(ToolsError, match="row eval-0"):
+        evaluate_run(config, task, run)
+    assert not list((run.folder / "evaluation").glob("*"))
 
 
 def test_wandb_gets_the_metrics_offline(

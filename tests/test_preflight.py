@@ -27,14 +27,16 @@ from lib.preflight import (
     grouped_rewards,
     judge_bill,
     keeps_prefix,
+    sample_base,
     score_one,
     useful_groups,
     verdict,
 )
 from lib.preflight.judging import completions_of
-from lib.prepare import prepare
+from lib.prepare import open_chat, prepare
 from lib.runfolder import Run, open_run
 from lib.task import Rollout, Row, Score, Task, load_task
+from lib.tools import ToolsError
 
 SMOKE = "configs/smoke/decisions.yaml"
 
@@ -294,6 +296,88 @@ def test_a_template_that_keeps_what_was_said_is_told_from_one_that_does_not(
     assert levels(found) == {"chat template": "no-go"} and found["chat template"].shown == "rewrites"
     single = checked(folder, run, sound())["chat template"]
     assert single.level == "go" and "one turn" in single.meaning
+
+
+# -- tools ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool_run(folder: Path) -> Run:
+    """A run whose rows have a function to call."""
+    made = open_run("tools", configured(folder))
+    tools = [{"type": "function", "function": {"name": "store", "parameters": {"type": "object"}}}]
+    prompts = [{"role": "user", "content": f"hour {i:02d}"} for i in range(32)]
+    gold = [{"role": "assistant", "content": "store [1]"}]
+    made.write_rows(
+        "train", [{"id": f"row-{i}", "prompt": [one], "gold": gold, "tools": tools} for i, one in enumerate(prompts)]
+    )
+    made.write_rows("eval", [])
+    return made
+
+
+def without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every tokenizer's template leaves the tools out."""
+    load = models.load_tokenizer
+
+    def blind(*given: Any) -> Any:
+        tokenizer = load(*given)
+        tokenizer.chat_template = tokenizer.chat_template.replace("if tools", "if false")
+        return tokenizer
+
+    monkeypatch.setattr(models, "load_tokenizer", blind)
+
+
+def test_a_template_that_does_not_show_the_tools_is_no_go_with_the_fix(
+    folder: Path, run: Run, tool_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = checked(folder, tool_run, sound())["tools in the prompt"]
+    assert (shown.level, shown.shown) == ("go", "shown")
+    assert "tools in the prompt" not in checked(folder, run, sound())
+    without_tools(monkeypatch)
+    found = checked(folder, tool_run, sound())
+    assert levels(found) == {"tools in the prompt": "no-go"}
+    check = found["tools in the prompt"]
+    assert "leaves out the row's tools (store)" in check.meaning and "task.prompting: text" in check.knob
+
+
+def test_such_a_template_is_not_even_sampled_from(folder: Path, tool_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(folder)
+    without_tools(monkeypatch)
+    monkeypatch.setattr("lib.preflight.answers.answer_rows", lambda *_: pytest.fail("the policy was asked"))
+    with pytest.raises(ToolsError, match=r"row row-0: .* leaves out the row's tools \(store\)"):
+        sample_base(config, load_task(config.task.name, **config.task.params), tool_run, prompts=2)
+
+
+def test_preparing_such_rows_tells_it_and_goes_on(
+    folder: Path, tool_run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The policy that is asked may be another, behind a URL."""
+    with caplog.at_level("WARNING"):
+        open_chat(configured(folder), tool_run)
+        assert caplog.text == ""
+        without_tools(monkeypatch)
+        assert open_chat(configured(folder), tool_run).text([{"role": "user", "content": "?"}])
+    assert "leaves out the row's tools (store)" in caplog.text
+
+
+# -- room for tokens --------------------------------------------------------------------------------------------------
+
+
+def test_prompts_without_room_for_an_answer_count_as_over_the_limit(folder: Path, run: Run, chat: Chat) -> None:
+    lengths = sorted(len(chat.prompt_ids(row["prompt"])) for row in run.read_rows("train"))
+    room = {"sampling.engine": "vllm", "sampling.vllm.max_length": lengths[0]}
+    assert levels(checked(folder, run, sound(), **room))["prompts over the limit"] == "no-go"
+    room["sampling.vllm.max_length"] = lengths[-1] + 1
+    assert levels(checked(folder, run, sound(), **room)) == {}
+
+
+def test_what_to_turn_where_whole_conversations_are_cut_off_is_said_for_tasks_of_several_turns(
+    folder: Path, run: Run
+) -> None:
+    cut = some(0.9, stop="length")
+    single, several = (checked(folder, run, cut, max_turns=turns)["answers cut off"] for turns in (1, 3))
+    assert "sampling.completion_limit" in single.knob and "max_length" not in single.knob
+    assert "sampling.completion_limit" in several.knob and "sampling.vllm.max_length up" in several.knob
 
 
 # -- what the judge will cost -----------------------------------------------------------------------------------------

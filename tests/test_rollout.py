@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 from lib import PROJECT_ROOT
 from lib.backends.local import to_batch
 from lib.generate import Chat, batched, scripted
+from lib.patience import Patience
 from lib.rollout import (
+    OutOfRoomError,
     Request,
     Scored,
     UnscoredLimitError,
@@ -260,13 +263,117 @@ def test_no_more_are_played_at_once_than_allowed() -> None:
     assert len(list(play_each(World(), rows(30), generate, at_once=7))) == 30 and most == 7
 
 
-def test_a_world_that_never_answers_is_unscored_and_does_not_hold_up_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lib.rollout.WORLD_LIMIT", 0.2)
-    scored = collect(World(), [row(0, turns=2), row(1, turns=2, pause=60.0)], Policy())
+# -- limits of time ---------------------------------------------------------------------------------------------------
+
+
+def test_a_world_that_never_answers_is_unscored_and_does_not_hold_up_the_others() -> None:
+    scored = collect(World(), [row(0, turns=2), row(1, turns=2, pause=60.0)], Policy(), Patience(world=0.2))
     assert [s.score.reward for s in scored] == [0.5, None]
-    assert scored[1].score.notes == {"error": "TimeoutError: the task's reply took longer than 0.2 s"}
+    assert scored[1].score.notes == {
+        "error": "TimeoutError: the task's reply took longer than rewards.world_seconds = 0.2 s"
+    }
+
+
+class NeverScores(World, frozen=True):
+    """A scorer that waits for what never comes, in row 1."""
+
+    async def score(self, rollout: Rollout) -> Score:
+        if rollout.row["id"] == "1":
+            await asyncio.Event().wait()
+        return Score(reward=0.5)
+
+
+STUCK_SCORE = {"error": "TimeoutError: the task's score took longer than rewards.score_seconds = 0.2 s"}
+
+
+def test_a_scorer_that_never_ends_is_unscored_and_does_not_hold_up_the_others() -> None:
+    scored = collect(NeverScores(), rows(3, turns=2), Policy(), Patience(score=0.2))
+    assert [s.score.reward for s in scored] == [0.5, None, 0.5]
+    assert scored[1].score.notes == STUCK_SCORE and len(scored[1].rollout.turns) == 2
+
+
+def test_side_by_side_a_scorer_that_never_ends_is_unscored_too() -> None:
+    played = play_each(NeverScores(), rows(3), scripted("x"), at_once=2, patience=Patience(score=0.2))
+    assert {index: s.score.notes for index, s in played} == {0: {}, 1: STUCK_SCORE, 2: {}}
+
+
+def test_what_waits_in_a_queue_that_moves_is_not_given_up() -> None:
+    class Queued(World, frozen=True):
+        """A judge that is asked by one at a time: the last one waits longer than the limit."""
+
+        async def score(self, rollout: Rollout) -> Score:
+            async with judge:
+                await asyncio.sleep(0.02)
+            return Score(reward=0.5)
+
+    judge, began = asyncio.Semaphore(1), time.monotonic()
+    scored = collect(Queued(), rows(80), Policy(), Patience(score=1.0))
+    assert time.monotonic() - began > 1.5
+    assert [s.score.reward for s in scored] == [0.5] * 80
+
+
+def test_a_timeout_of_the_worlds_own_is_not_taken_for_the_limit() -> None:
+    class Impatient(World, frozen=True):
+        async def reply(self, rollout: Rollout) -> list[Message]:
+            raise TimeoutError("the database did not answer")
+
+    (scored,) = collect(Impatient(), [row(0)], Policy(), Patience(world=5.0))
+    assert scored.score.notes == {"error": "TimeoutError: the database did not answer"}
+
+
+def test_a_score_leaves_a_judge_its_longest_pause_and_every_repeat_of_a_request() -> None:
+    from lib.calls import FIRST_WAIT, LONGEST_PAUSE
+    from lib.config import load_config
+    from lib.grading.asking import ROUNDS
+    from lib.judge import JudgeSettings
+
+    judge, limits = JudgeSettings(), load_config("configs/judged.yaml").rewards
+    waits = sum(FIRST_WAIT * 2**number for number in range(judge.attempts - 1))
+    assert limits.score_seconds > LONGEST_PAUSE + ROUNDS * (judge.attempts * judge.timeout + waits)
+    assert (limits.world_seconds, limits.score_seconds) == (Patience().world.seconds, Patience().score.seconds)
+
+
+# -- room for tokens --------------------------------------------------------------------------------------------------
+
+
+class Full(Policy):
+    """Has no room for another turn once a conversation has so many messages."""
+
+    def __init__(self, messages: int) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def __call__(self, requests: list[Request]) -> list[Turn | None]:  # type: ignore[override]
+        turns = super().__call__(requests)
+        return [
+            None if len(request.messages) > self.messages else turn
+            for request, turn in zip(requests, turns, strict=True)
+        ]
+
+
+def test_a_conversation_without_room_for_another_turn_ends_as_cut_off_with_the_policys_word() -> None:
+    scored = collect(World(), [row(0, turns=4), row(1, turns=1), row(2, turns=2)], Full(3))
+    assert [(s.rollout.stop, len(s.rollout.turns)) for s in scored] == [("length", 2), ("done", 1), ("done", 2)]
+    full = scored[0].rollout
+    assert full.messages[-1] == full.turns[-1].message and full.turns[-1].stop == "stop"
+    assert scored[0].score.reward == 0.5  # the task says what a cut-off answer is worth
+    assert to_tokens(full).mask == [1, 1, 0, 1, 1]
+
+
+def test_a_policy_of_any_kind_can_say_that_there_is_no_room() -> None:
+    async def generate(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
+        if len(messages) > 3:
+            raise OutOfRoomError
+        return Turn(message={"role": "assistant", "content": "x"})
+
+    (played,) = play_each(World(), [row(0, turns=4)], generate, at_once=1)
+    assert (played[1].rollout.stop, len(played[1].rollout.turns), played[1].score.reward) == ("length", 2, 0.5)
+
+
+def test_a_prompt_without_room_for_any_answer_is_unscored_with_the_reason() -> None:
+    (scored,) = collect(World(), [row(0)], Full(0))
+    assert scored.score.reward is None and scored.rollout.turns == ()
+    assert scored.score.notes["error"].startswith("OutOfRoomError: the conversation is as long as it may be")
 
 
 # -- what breaks is unscored, never zero ------------------------------------------------------------------------------

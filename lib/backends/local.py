@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lib import WorkbenchError, models, without
 from lib.config import Config
-from lib.generate import Chat, batched, check_turns, end_ids, within_limit
+from lib.generate import Chat, Sample, batched, chat_of, check_turns, within_limit
+from lib.patience import Patience
 from lib.rollout import Scored, check_unscored, collect, to_tokens
+from lib.room import within_room
 from lib.runfolder import Run, atomic_file, plain, read_lines
 from lib.task import ROW_PART, Row, Task
+from lib.tools import check_tools
 from lib.trainer import Batch, finished_reward, make_trainer_class
 
 if TYPE_CHECKING:
@@ -54,11 +57,12 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     source = models.resolve_model(config, rows)
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model, train_all=not config.lora.enabled)
-    chat = Chat(tokenizer)
+    chat = chat_of(config, model, tokenizer)
+    check_tools(chat, rows)
     kept = _kept_rows(rows, chat, config.sampling.prompt_limit)
     _check_rows(config, len(kept))
     if task.max_turns > 1:
-        check_turns(Chat(tokenizer, end_ids(model, tokenizer)), rows[kept[0]])
+        check_turns(chat, rows[kept[0]])
     checkpoint = last_checkpoint(run)
     run.cut_logs(json.loads((checkpoint / "logs.json").read_text()) if checkpoint else {})
     trainer = _make_trainer(config, model, tokenizer, kept, run)
@@ -142,8 +146,22 @@ class RolloutSource:
 
     def __call__(self, trainer: Any, indices: list[Any]) -> Batch:
         self.chat.end_ids = frozenset(trainer.eos_token_ids)
-        group = trainer.num_generations
-        generations = group  # TRL's engines take all copies of a prompt at once, on the first turn only
+        group, rewards = trainer.num_generations, self.config.rewards
+        patience = Patience(rewards.world_seconds, rewards.score_seconds)
+        rows = [self.rows[index] for index in indices]
+        scored = collect(self.task, rows, batched(self.chat, self._sample(trainer)), patience)
+        step = trainer.state.global_step + 1
+        if self.passes_before is None:
+            self.passes_before = trainer.state.global_step * self.config.training.accumulation
+        micro_step = self.passes_before + trainer._step
+        self._warn_of_masked(scored, step)
+        self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
+        check_unscored((s.score for s in scored), rewards.max_unscored, f"step {step}")
+        return to_batch(scored, group)
+
+    def _sample(self, trainer: Any) -> Sample:
+        """TRL's engine: vLLM ends an answer where the conversation is full by itself, the other one has to be told."""
+        generations = trainer.num_generations  # engines take all copies of a prompt at once, on the first turn only
 
         def sample(prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
             nonlocal generations
@@ -151,15 +169,13 @@ class RolloutSource:
             outputs, logprobs = trainer._generate_single_turn(prompts, None, {}, copies)
             return outputs, logprobs
 
-        scored = collect(self.task, [self.rows[index] for index in indices], batched(self.chat, sample))
-        step = trainer.state.global_step + 1
-        if self.passes_before is None:
-            self.passes_before = trainer.state.global_step * self.config.training.accumulation
-        micro_step = self.passes_before + trainer._step
-        self._warn_of_masked(scored, step)
-        self.run.append("rollouts.jsonl", (_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
-        check_unscored((s.score for s in scored), self.config.rewards.max_unscored, f"step {step}")
-        return to_batch(scored, group)
+        def ask(prompts: list[list[int]], most: int) -> list[list[int]]:
+            trainer.generation_config.max_new_tokens = most
+            return sample(prompts)[0]
+
+        if self.config.sampling.engine == "vllm":
+            return sample
+        return within_room(ask, self.config.sampling.completion_limit, self.chat.room, self.chat.end_ids)
 
     def _warn_of_masked(self, scored: Sequence[Scored], step: int) -> None:
         """Say it once: masked answers have no gradient, so a policy that drifts into them is not pushed back."""

@@ -11,6 +11,7 @@ from lib.config.evaluation import EvaluationSection
 from lib.config.section import Positive, Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
 from lib.gpu import NONE, parse_gpu
+from lib.patience import SCORE_SECONDS, WORLD_SECONDS
 
 SCHEMA = 1
 
@@ -36,6 +37,11 @@ class DataSection(Section):
 class RewardsSection(Section):
     max_unscored: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of rollouts that may stay unscored in one step, or one evaluation, before it stops."""
+    world_seconds: Positive = WORLD_SECONDS
+    """How long the task's world may take to answer; the rollout is then unscored. Counted anew whenever another one of
+    the batch was answered, so that a queue that moves holds nobody up."""
+    score_seconds: Positive = SCORE_SECONDS
+    """The same for a score. A judge's repeats (task.judge.attempts x timeout) and its pauses have to fit."""
 
 
 class TrackerSection(Section):

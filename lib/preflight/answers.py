@@ -16,10 +16,12 @@ from lib import models
 from lib.answering import answer_rows
 from lib.attacks import gold_text, other_golds
 from lib.config import Config
-from lib.generate import Chat, batched, end_ids, local_sample, within_limit
+from lib.generate import batched, chat_of, local_sample, within_limit
+from lib.patience import Patience
 from lib.rollout import finish
 from lib.runfolder import Run
 from lib.task import ROW_PART, Rollout, Row, Score, Task, TaskError
+from lib.tools import check_tools
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list
     source = models.resolve_model(config, rows)
     tokenizer = models.load_tokenizer(source, config.model)
     model = models.load_model(source, config.model)
-    chat = Chat(tokenizer, end_ids(model, tokenizer))
+    chat = chat_of(config, model, tokenizer)
+    check_tools(chat, rows)
     order = random.Random(config.training.seed).sample(range(len(rows)), min(4 * prompts, len(rows)))
     short = within_limit([rows[i] for i in order], chat, config.sampling.prompt_limit)
     chosen = [order[i] for i in short][:prompts]
@@ -75,9 +78,10 @@ def sample_base(config: Config, task: Task, run: Run, prompts: int = 32) -> list
     torch.manual_seed(config.training.seed)
     sample = local_sample(model, chat, as_trained, config.sampling.completion_limit, greedy=False)
     group = config.training.group_size
-    records = answer_rows(
-        task, [rows[i] for i in chosen], batched(chat, sample), group, config.rewards.max_unscored, "base policy"
-    )
+    asked = [rows[i] for i in chosen]
+    patience = Patience(config.rewards.world_seconds, config.rewards.score_seconds)
+    limit = config.rewards.max_unscored
+    records = answer_rows(task, asked, batched(chat, sample), group, limit, "base policy", patience)
     logger.info("inspection: %d answers of the base policy to %d prompts", len(records), len(chosen))
     return records
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from lib import models
 from lib.attacks import UNSEEN
 from lib.config import Config
-from lib.generate import Chat, TemplateError, check_turns, within_limit
+from lib.generate import Chat, TemplateError, check_turns, unloaded_chat, within_limit
 from lib.grading import JudgedTask
 from lib.preflight.answers import grouped_rewards, share
 from lib.preflight.groups import useful_groups
@@ -23,6 +23,7 @@ from lib.preflight.judging import judge_bill
 from lib.preflight.suite import AttackTable
 from lib.runfolder import Run
 from lib.task import Row, Task
+from lib.tools import ToolsError, check_tools
 
 Level = Literal["go", "caution", "no-go"]
 Answers = Sequence[Mapping[str, Any]]
@@ -66,11 +67,12 @@ class Check(NamedTuple):
 def gate(config: Config, task: Task, run: Run, answers: Answers, attacked: AttackTable | None = None) -> list[Check]:
     """Every check on what the base policy answered (`sample_base`), and on the cheats where they were tried."""
     rows = run.read_rows("train")
-    chat = Chat(models.load_tokenizer(models.resolve_model(config, rows), config.model))
+    chat = unloaded_chat(config, models.resolve_model(config, rows))
     return [
         *(_of_attacks(attacked) if attacked else []),
-        *_of_answers(config, answers),
+        *_of_answers(config, task, answers),
         *_of_groups(config, answers),
+        *_tools(rows, chat),
         *_of_prompts(config, rows, chat),
         _template(task, rows[0], chat),
         *_of_judge(config, task, rows, answers),
@@ -112,9 +114,9 @@ def _of_attacks(table: AttackTable) -> list[Check]:
     return [cheats, known]
 
 
-def _of_answers(config: Config, answers: Answers) -> list[Check]:
+def _of_answers(config: Config, task: Task, answers: Answers) -> list[Check]:
     """Cut off, unreadable, unscored."""
-    n = f"of {len(answers)} answers"
+    n, several = f"of {len(answers)} answers", task.max_turns > 1
     cut = share(a["stop"] == "length" for a in answers)
     invalid = share(a["masked"] or a["parts"].get("valid") == 0 for a in answers)
     unscored = [a for a in answers if a["reward"] is None and not a["masked"]]
@@ -127,7 +129,8 @@ def _of_answers(config: Config, answers: Answers) -> list[Check]:
             f"{cut:.1%} {n}",
             _level(cut, TRUNCATED),
             "a cut-off answer is not judged on what it would have said",
-            f"sampling.completion_limit (now {config.sampling.completion_limit}) up, or ask for shorter answers",
+            f"sampling.completion_limit (now {config.sampling.completion_limit}) up, or ask for shorter answers"
+            + "; where all turns together are too long, sampling.vllm.max_length up or task.max_turns down" * several,
         ),
         Check(
             "answers that cannot be read",
@@ -201,6 +204,16 @@ def _of_prompts(config: Config, rows: Sequence[Row], chat: Chat) -> list[Check]:
             f"training.batch (now {training.batch}) down, or more rows",
         ),
     ]
+
+
+def _tools(rows: Sequence[Row], chat: Chat) -> list[Check]:
+    """Whether the policy is shown the functions that it is to call; nothing where no row has any."""
+    try:
+        if not check_tools(chat, rows):
+            return []
+    except ToolsError as error:
+        return [Check("tools in the prompt", 0.0, "left out", "no-go", error.why, error.knob)]
+    return [Check("tools in the prompt", 1.0, "shown", "go", "the chat template names the functions", "")]
 
 
 def _template(task: Task, row: Row, chat: Chat) -> Check:
