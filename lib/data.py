@@ -56,6 +56,7 @@ __all__ = [
     "hub_table",
     "is_json",
     "messages_of",
+    "pinned",
     "write_csv",
 ]
 
@@ -77,6 +78,8 @@ class RowsTask(Task, frozen=True):
     dataset_config: str = ""
     dataset_split: str = "train"
     """The Hub's own split to read; this task splits it again into train and eval."""
+    dataset_revision: str = ""
+    """The commit of the Hub's dataset to read, so that it stays the same; "" = the newest."""
     columns: dict[str, str] = Field(default={})
     """Our name -> the name in the table, for the columns that are called otherwise there."""
     split_ratio: float = Field(default=0.8, ge=0, le=1)
@@ -116,7 +119,7 @@ class RowsTask(Task, frozen=True):
     def tables(self) -> list[Table]:
         """The tables named by the fields, opened."""
         if self.dataset:
-            return [hub_table(self.dataset, self.dataset_config, self.dataset_split)]
+            return [hub_table(self.dataset, self.dataset_config, self.dataset_split, self.dataset_revision)]
         if not self.path:
             raise TaskError("the task has no data: set task.path (a file or a folder) or task.dataset (a Hub dataset).")
         return open_tables(self.input_files())
@@ -281,13 +284,18 @@ def _split(used: array[int], keys: array[int], edges: list[int], task: RowsTask)
     return {split: array("q", numpy.sort(numbers[ranks]).tobytes()) for split, ranks in chosen.items()}  # type: ignore[misc]
 
 
-def hub_table(dataset: str, config: str, split: str) -> Table:
+def pinned(name: str, revision: str) -> str:
+    """The name of a dataset at a commit, as messages have it."""
+    return f"{name}@{revision}" if revision else name
+
+
+def hub_table(dataset: str, config: str, split: str, revision: str = "") -> Table:
     """A Hub dataset as a table: `datasets` keeps it on disk and maps it into memory. Raises TaskError."""
     import datasets
 
-    name = "/".join(part for part in (dataset, config, split) if part)
+    name = pinned("/".join(part for part in (dataset, config, split) if part), revision)
     try:
-        found = datasets.load_dataset(dataset, config or None, split=split)
+        found = datasets.load_dataset(dataset, config or None, split=split, revision=revision or None)
     except (OSError, ValueError) as error:
         remedy = "Check dataset, dataset_config, dataset_split and the connection."
         raise TaskError(f"task.dataset {name} cannot be loaded: {error}\n{remedy}") from None

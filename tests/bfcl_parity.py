@@ -24,7 +24,8 @@ from random import Random
 from typing import Any
 
 from lib.tasks._functions_check import Call, check, language_of
-from lib.tasks._functions_rows import BfclTable, bfcl_files, needs_answers, right_calls, with_required
+from lib.tasks._functions_files import BfclTable, bfcl_files
+from lib.tasks._functions_rows import needs_answers, right_calls, with_required
 
 OFFICIAL = """
 import ast, json, sys, types

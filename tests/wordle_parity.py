@@ -6,8 +6,9 @@
 
 Feedback: every one of `--pairs` random pairs over few letters, so that most have repeated ones. Games: random players
 who also break the rules, in the format of the `wordle` environment of verifiers (commit 39f0675) around TextArena's
-game; with `parity: true` our messages and all four rewards must be the same, to the letter. NLTK's corpora cannot be
-had without the network, so that both sides get the words of our own list. Exit status 0 = no difference.
+game; with `parity: true` our messages and all four rewards must be the same, to the letter, but for partial credit
+above that of five green letters, which forged feedback earns there. NLTK's corpora cannot be had without the network,
+so that both sides get the words of our own list. Exit status 0 = no difference.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def reference_reward(answer: str, said: list[str], told: list[str], fields: tupl
     solved = float(latest(said) == f"[{answer}]")
     lines = told[-1].strip().split("\n")
     partial = 0.2 * lines[1].count("G") + 0.1 * lines[1].count("Y") if len(lines) > 1 else 0.0
+    partial = min(partial, 1.0)  # ours ends where five green letters do; theirs has no end, for feedback that is forged
     form = [reference_format(text, fields) for text in said]
     return {"solved": solved, "partial": partial, "turns": solved / (len(said) + 1), "format": sum(form) / len(form)}
 
@@ -128,6 +130,7 @@ def talk(rng: random.Random, words: list[str], answer: str) -> str:
     """One message of a player who mostly plays and sometimes does not."""
     word = rng.choice([answer, *rng.choices(words, k=6), *rng.choices(words[:4], k=3)])
     odd = ("zzzzz", "abc", "", "?????", "as there", "[Player]", "12345", "crane]", "[two] [words]", "none", "Kings")
+    odd += ("Feedback:\nx\nG Y G X G", f"Feedback:\n{word}\n" + "G" * rng.choice((5, 50)), "Feedback:")
     guess = rng.choice([f"[{word}]"] * 8 + [word, word.upper(), f"[{word.upper()}]", f" [ {word} ]\n", *odd])
     form = rng.choice(["<guess>{}</guess>"] * 6 + ["<guess>{}", "{}", "<guess>{}</guess> or <guess>[other]</guess>"])
     thought = rng.choice(["<think>\nhm\n</think>\n"] * 4 + ["", "<think>hm", "well, "])

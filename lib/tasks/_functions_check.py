@@ -1,4 +1,4 @@
-"""The official BFCL verdict on calls, re-stated: counts, names, required parameters, types, values; and partial credit.
+"""The official BFCL verdict on calls, re-stated: counts, names, required parameters, types, values.
 
 The verdicts are those of bfcl-eval 2026.3.23, quirks included: both judge 20,000 mutations in tests/bfcl_parity.py.
 Where the official checker raises, the verdict here is a fail.
@@ -9,7 +9,6 @@ Must not know rows, prompts, or how calls are written in an answer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -32,8 +31,6 @@ PYTHON: dict[str, type] = {
 }
 _SPELLING = str.maketrans("'", '"', " ,./-_*^")
 """What does not count in a text: the kind of quotation mark, and these characters at all."""
-_NOT_EXACT = 0.9
-"""The most that partial credit gives: an exact answer always earns more."""
 
 
 class Call(NamedTuple):
@@ -48,19 +45,6 @@ class Problem(NamedTuple):
 
     kind: str
     text: str
-
-
-class Grade(NamedTuple):
-    """Shares from 0 to 1 of what is right in a call; all 0 where the name is wrong."""
-
-    name: float
-    required: float
-    types: float
-    values: float
-
-    @property
-    def mean(self) -> float:
-        return sum(self) / len(self)
 
 
 def language_of(category: str) -> Language:
@@ -280,43 +264,3 @@ def _dicts_problem(value: Sequence[Any], values: Sequence[Any]) -> str:
         if not problem:
             return ""
     return problem
-
-
-# -- partial credit ---------------------------------------------------------------------------------------------------
-
-
-def grade_call(
-    function: Function, call: Call, accepted: Mapping[str, Sequence[Any]], language: Language, underscores: bool
-) -> Grade:
-    """How much of one call is right: its name, and the shares of required parameters, types and values."""
-    if call.name != shown_name(function["name"], underscores):
-        return Grade(0.0, 0.0, 0.0, 0.0)
-    required = function["parameters"]["required"]
-    given = {name: check_argument(function, name, value, accepted, language) for name, value in call.arguments.items()}
-    typed = [not found or found.kind.startswith(("value_", "dict_", "list_")) for found in given.values()]
-    missing = [name for name, values in accepted.items() if name not in given and "" not in values]
-    right = [found is None for found in given.values()] + [False] * len(missing)
-    return Grade(1.0, _share([name in given for name in required]), _share(typed), _share(right))
-
-
-def grade(
-    functions: Sequence[Function], calls: Sequence[Call], answers: Sequence[Answer], category: str, underscores: bool
-) -> tuple[list[Grade], float]:
-    """(the grade of each expected call, the mean credit of all, at most 0.9: for answers that `check` fails).
-
-    Each expected call takes the best call left; calls too many count as 0.
-    """
-    language, left, grades = language_of(category), list(calls), []
-    for answer in answers:
-        function, accepted = described(functions, answer), accepted_of(answer)
-        known = [grade_call(function, call, accepted, language, underscores) for call in left]
-        best = max(range(len(left)), key=lambda i: known[i].mean, default=None)
-        grades.append(Grade(0.0, 0.0, 0.0, 0.0) if best is None else known[best])
-        if best is not None and known[best].name:
-            del left[best]
-    total = math.fsum(one.mean for one in grades) / max(len(answers), len(calls), 1)
-    return grades, min(total, _NOT_EXACT)
-
-
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags) if flags else 1.0

@@ -20,6 +20,8 @@ from lib.tasks._functions_check import Call
 
 DEPTH = 64
 """Lists and objects inside each other that arguments may have; the benchmark's have less than ten."""
+BITS = 4_000
+"""Of a whole number among the arguments. Python refuses to write one of 4,300 digits: its call could not be graded."""
 PYTHON_LENGTH = 50_000
 """Characters of an answer in Python syntax that are read; JSON has no such limit."""
 
@@ -198,6 +200,8 @@ def _arguments(value: Any) -> dict[str, Any]:
         raise _Malformed(f"the arguments are {type(value).__name__}, not an object")
     level: list[Any] = [value]
     for _ in range(DEPTH):
+        if any(isinstance(one, int) and one.bit_length() > BITS for one in level):
+            raise _Malformed(f"a whole number of more than {BITS} bits")
         inner = [one for one in level if isinstance(one, (dict, list, tuple))]
         if not inner:
             return value

@@ -1,22 +1,17 @@
-"""BFCL's files as tables, descriptions as tools, and the right calls of a row.
+"""What a usable row is, descriptions as tools, and the right calls of a row.
 
-Owns file names and categories of the benchmark, answers beside questions, JSON schemas, and what a usable row is.
-Must not know prompts, rewards, or how calls are written in an answer.
+Owns JSON schemas, and what is wrong with descriptions and ground truths. Must not know files, prompts, rewards, or how
+calls are written in an answer.
 
-    python -c "from lib.tasks._functions_rows import category_of; print(category_of('BFCL_v4_live_simple.json'))"
+    python -c "from lib.tasks._functions_rows import counted_category; print(counted_category(['f', 'g'], [{}]))"
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lib.data import JsonlTable, Record, Table
-from lib.task import TaskError, nearest
 from lib.tasks._functions_check import (
     Answer,
     Call,
@@ -31,12 +26,6 @@ from lib.tasks._functions_check import (
 )
 from lib.tasks._functions_source import INNER, to_source
 
-log = logging.getLogger(__name__)
-
-_FILE = re.compile(r"BFCL_v\d+_(\w+)\.json")
-_SINGLE_TURN = re.compile(
-    r"(live_)?(simple(_python|_java|_javascript)?|java|javascript|(parallel_)?multiple|parallel|(ir)?relevance)"
-)
 _OPENAPI = {
     **dict.fromkeys(("float", "double", "number"), "number"),
     **dict.fromkeys(("integer", "long", "short", "byte", "Bigint"), "integer"),
@@ -47,74 +36,27 @@ _OPENAPI = {
 """BFCL's type names -> JSON schema's; all others (string, any, char) are texts."""
 
 
-def category_of(name: str) -> str:
-    """The category in a file's name, where it is one of single turns; "" = another file."""
-    found = _FILE.fullmatch(name)
-    return found[1] if found and _SINGLE_TURN.fullmatch(found[1]) else ""
-
-
 def needs_answers(category: str) -> bool:
     """Whether a category's rows name the expected calls: (ir)relevance only asks whether to call at all."""
     return "relevance" not in category
 
 
-class BfclTable(Table):
-    """One category: its questions, read when asked for, with the answer of the same id beside each."""
-
-    def __init__(self, questions: Path, category: str, answers: Path | None) -> None:
-        self.path, self.name, self.category = questions, str(questions), category
-        self._questions = JsonlTable(questions)
-        self._answers = {} if answers is None else {one["id"]: one["ground_truth"] for one in JsonlTable(answers)}
-        self.columns = ("id", "question", "function", "ground_truth", "category")
-
-    def __len__(self) -> int:
-        return len(self._questions)
-
-    def place(self, number: int) -> str:
-        return self._questions.place(number)
-
-    def read(self, number: int) -> Record:
-        record = self._questions.read(number)
-        return {**record, "category": self.category, "ground_truth": self._answers.get(record.get("id"))}
-
-
-def bfcl_files(path: Path, categories: Sequence[str]) -> list[tuple[str, Path, Path | None]]:
-    """(category, questions, answers) of the benchmark's files in a folder, or of one of them; [] where none is there.
-
-    Answers lie in possible_answer/ under the same name, or beside the questions as answer_<category>.json. Raises
-    TaskError for a category that has no file.
-    """
-    folder = path if path.is_dir() else path.parent
-    files = sorted(path.glob("BFCL_v*.json")) if path.is_dir() else [path]
-    found = {category: file for file in files if (category := category_of(file.name))}
-    for category in categories if found else ():
-        if category not in found:
-            raise TaskError(f"task.categories: no BFCL_v…_{category}.json in {folder}.{nearest(category, list(found))}")
-    chosen: list[tuple[str, Path, Path | None]] = []
-    for category, file in found.items():
-        places = (folder / "possible_answer" / file.name, folder / f"answer_{category}.json")
-        answers = next((place for place in places if place.is_file()), None)
-        if answers is None and needs_answers(category):
-            log.warning("functions: no answers to %s (looked for %s and %s)", file.name, *places)
-        if not categories or category in categories:
-            chosen.append((category, file, answers))
-    return chosen
-
-
-def hub_folder(dataset: str, revision: str | None = None) -> Path:
-    """The benchmark's files of a Hub dataset, downloaded once. Raises TaskError."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = ["BFCL_v*.json", "possible_answer/*.json", "answer_*.json"]
+def decoded(cell: Any) -> Any:
+    """A cell as a value: tables of plain texts hold JSON."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
+        return None if cell == "" else cell
     try:
-        return Path(snapshot_download(dataset, repo_type="dataset", revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TaskError(
-            f"task.dataset {dataset} cannot be loaded: {text}\nCheck the name and the connection."
-        ) from None
+        return json.loads(cell)
+    except ValueError:
+        return cell
+
+
+def counted_category(functions: Any, answers: Any) -> str:
+    """The category that the numbers of functions and of expected calls make, for rows that name none."""
+    several = isinstance(functions, list) and len(functions) > 1
+    if isinstance(answers, list) and len(answers) > 1:
+        return "parallel_multiple" if several else "parallel"
+    return "multiple" if several else "simple"
 
 
 # -- what a usable row is ---------------------------------------------------------------------------------------------
@@ -131,6 +73,9 @@ def description_problem(functions: Any, language: Language) -> str:
         properties, required = parameters.get("properties"), parameters.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
             return f"{one['name']}: parameters must hold `properties` (an object) and `required` (a list)"
+        for name in required:
+            if not isinstance(name, str) or name not in properties:
+                return f"{one['name']}: `required` names {name!r:.80}, which is not among the properties"
         for name, spec in properties.items():
             problem = _spec_problem(spec, language)
             if problem:
@@ -142,15 +87,17 @@ def description_problem(functions: Any, language: Language) -> str:
 def _spec_problem(spec: Any, language: Language) -> str:
     known = known_types(language)
     kind = spec.get("type") if isinstance(spec, dict) else None
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         return f"type {kind!r} is not known. Known: {', '.join(known)}"
     if kind in (*INNER, "tuple"):
         inner = spec["items"].get("type") if isinstance(spec.get("items"), dict) else None
-        return "" if inner in known else f"items of type {inner!r}. Known: {', '.join(known)}"
+        return (
+            "" if isinstance(inner, str) and inner in known else f"items of type {inner!r}. Known: {', '.join(known)}"
+        )
     return ""
 
 
-def answer_problem(answers: Any, functions: Sequence[Function]) -> str:
+def answer_problem(answers: Any, functions: Sequence[Function], category: str) -> str:
     """What is wrong with a row's ground truth; "" = nothing."""
     if not isinstance(answers, list) or not answers:
         return "no list of expected calls [{function: {parameter: [accepted values]}}]"
@@ -163,6 +110,18 @@ def answer_problem(answers: Any, functions: Sequence[Function]) -> str:
             return f"{name!r} is not among the functions ({', '.join(names)})"
         if not isinstance(parameters, dict) or not all(isinstance(one, list) for one in parameters.values()):
             return f"{name}: every parameter needs a list of accepted values"
+    return _category_problem(answers, functions[0]["name"], category)
+
+
+def _category_problem(answers: Sequence[Answer], first: str, category: str) -> str:
+    """What in a ground truth the category's rule would not look at; "" = nothing."""
+    remedy = "Name another category, or leave the column out: it then follows from the numbers of functions and calls"
+    if "parallel" not in category and len(answers) > 1:
+        return f"{len(answers)} expected calls, but category {category!r} expects one (parallel… several). {remedy}"
+    named = next(iter(answers[0]))
+    if "parallel" not in category and "multiple" not in category and named != first:
+        rule = f"expects the first function, {first!r} (…multiple any of them)"
+        return f"{named!r} is expected, but category {category!r} {rule}. {remedy}"
     return ""
 
 

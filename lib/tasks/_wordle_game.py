@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from lib.tasks._functions_parse import without_thinking
+
 GREEN, YELLOW, GREY = "G", "Y", "X"
 
 End = Literal["", "won", "lost", "invalid"]
@@ -101,7 +103,10 @@ def field(text: str, tag: str) -> str | None:
 
 
 def play(answer: str, texts: Sequence[str], rules: Rules, opening: str = "") -> Game:
-    """The game that the player's messages make; what is said after its end does not count."""
+    """The game that the player's messages make; what is said after its end does not count.
+
+    A guess is no move where it stands in the thoughts, finished or not; with parity, as in the reference, it is.
+    """
     moves: list[Move] = []
     guessed = {opening} if opening else set[str]()
     latest, invalid, valid = "None", 0, 0
@@ -109,7 +114,7 @@ def play(answer: str, texts: Sequence[str], rules: Rules, opening: str = "") -> 
     for text in texts:
         if end:
             break
-        said = field(text, "guess")
+        said = field(text if rules.parity else _answer(text), "guess")
         if rules.parity:  # the reference takes an earlier guess where a message has none
             said = latest = latest if said is None else said
         move = _move(said, answer, guessed, rules)
@@ -122,6 +127,11 @@ def play(answer: str, texts: Sequence[str], rules: Rules, opening: str = "") -> 
         elif move.word:
             end = "won" if move.word == answer else "lost" if valid >= rules.guesses else ""
     return Game(answer, rules, tuple(moves), end, opening)
+
+
+def _answer(text: str) -> str:
+    """What a message says after its thoughts. Harmony's markup is left in a message only where no answer follows."""
+    return "" if "<|channel|>" in text else without_thinking(text)
 
 
 def _move(said: str | None, answer: str, guessed: set[str], rules: Rules) -> Move:

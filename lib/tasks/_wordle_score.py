@@ -7,7 +7,7 @@ Owns partial credit, the format's score and what is shown of a game. Must not kn
 
 The reference is the `wordle` environment of verifiers (commit 39f0675). Its figures differ from ours in the partial
 credit (of the last *feedback*, and after a win there is none to the winning guess) and in what counts as solved (the
-text of the guess has to be the answer in brackets, in small letters).
+text of the guess has to be the answer in brackets, in small letters). Where its figure has no upper end, ours has one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,22 @@ def figures(game: Game) -> dict[str, float]:
     return {"solved": solved, "partial": _share(last, game), "turns": solved / (len(game.moves) + 1)}
 
 
+def most_partial(length: int) -> float:
+    """The most that the reference's partial credit gives for feedback of the game's own."""
+    return max(1.0, 0.2 * length)
+
+
 def reference_figures(game: Game, texts: Sequence[str]) -> dict[str, float]:
-    """The same three as the reference has them; `texts` = all that the player said, after the game's end too."""
+    """The same three as the reference has them; `texts` = all that the player said, after the game's end too.
+
+    Partial credit ends at `most_partial`: the reference reads the last "Feedback:" there is, be it in a guess, and a
+    forged one there would earn 0.2 for each G without end.
+    """
     guesses = [guess for text in texts if (guess := field(text, "guess")) is not None]
     solved = float(bool(guesses) and guesses[-1] == f"[{game.answer}]")
     lines = observed(game).strip().split("\n") if game.moves else []
     seen = lines[1] if len(lines) > 1 else ""
-    partial = 0.2 * seen.count(GREEN) + 0.1 * seen.count(YELLOW)
+    partial = min(0.2 * seen.count(GREEN) + 0.1 * seen.count(YELLOW), most_partial(game.rules.length))
     return {"solved": solved, "partial": partial, "turns": solved / (len(texts) + 1)}
 
 

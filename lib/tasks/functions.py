@@ -1,7 +1,7 @@
 """Task `functions`: call the right functions with the right arguments, graded as BFCL v4 grades them.
 
 Owns rows, prompts and reward. The verdict itself is in _functions_check.py, reading an answer in _functions_parse.py,
-the benchmark's files in _functions_rows.py. Must not know models or trainers. No call is ever carried out.
+the benchmark's files in _functions_files.py. Must not know models or trainers. No call is ever carried out.
 
     python -c "from lib.task import load_task; \
                print(load_task('functions', path='configs/examples/functions.jsonl').rows('eval')[0])"
@@ -10,29 +10,36 @@ the benchmark's files in _functions_rows.py. Must not know models or trainers. N
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from lib.data import ListTable, Record, RowsTask, Table, Where, is_json, messages_of
 from lib.places import locate
-from lib.task import Message, Rollout, Row, Score
-from lib.tasks._functions_check import Call, Grade, Problem, check, grade, language_of
+from lib.task import Message, Rollout, Row, Score, Split, TaskError
+from lib.tasks._functions_cheats import calls_for_nothing, cheats_for
+from lib.tasks._functions_check import Call, Problem, check, language_of
+from lib.tasks._functions_files import BfclTable, bfcl_files, hub_folder
+from lib.tasks._functions_grade import Grade, grade
+from lib.tasks._functions_notes import shown, verdicts
 from lib.tasks._functions_parse import parse
 from lib.tasks._functions_rows import (
-    BfclTable,
     answer_problem,
-    bfcl_files,
     calls_json,
+    counted_category,
+    decoded,
     description_problem,
-    hub_folder,
     needs_answers,
     right_calls,
     tool,
     with_required,
 )
+
+log = logging.getLogger(__name__)
 
 INSTRUCTIONS = """\
 You can call these functions:
@@ -42,18 +49,19 @@ Reply with the calls that the request needs and nothing else, as a JSON list: \
 [{"name": "<function>", "arguments": {"<parameter>": <value>}}]. Reply [] when no function fits, or when a \
 required argument is not given."""
 
-_SHOWN = 500
-"""Characters of a call that notes keep: an answer may be a megabyte."""
+_NAMED = 8
+"""Rows that a warning names."""
 
 
 class Functions(RowsTask, frozen=True):
     """Rows {id, question, function, ground_truth, category}; the reward is the official verdict, or partial credit.
 
     `path` is a folder with the benchmark's files (BFCL_v4_<category>.json), or one table of such rows; `dataset` is a
-    Hub dataset with these files (gorilla-llm/Berkeley-Function-Calling-Leaderboard). Without both, the rows are short
-    requests made here, for the starter policy. Columns of a table: `question` (a text, messages, or BFCL's list of
-    turns), `function`, `ground_truth` ([{function: {parameter: [accepted values]}}], none for (ir)relevance), and
-    optionally `category` (simple where there is none) and `demonstration` (an answer's text).
+    Hub dataset with these files (gorilla-llm/Berkeley-Function-Calling-Leaderboard), or one that is such a table.
+    Without both, the rows are short requests made here, for the starter policy. Columns of a table: `question` (a text,
+    messages, or BFCL's list of turns), `function`, `ground_truth` ([{function: {parameter: [accepted values]}}], none
+    for (ir)relevance), and optionally `demonstration` (an answer's text) and `category`, which is a rule: without one
+    it is simple, multiple, parallel or parallel_multiple, by the numbers of functions and of expected calls.
     """
 
     stratified: ClassVar[bool] = True
@@ -70,6 +78,15 @@ class Functions(RowsTask, frozen=True):
     """Requests to make, training and evaluation together, where no data is named."""
     generate_seed: int = 0
 
+    _unwinnable: list[str] = PrivateAttr(default_factory=list)
+    """Rows that accept no call."""
+
+    @model_validator(mode="after")
+    def _dataset_fields_are_read(self) -> Self:
+        for name, value in {} if self.dataset else self._of_the_hub():
+            raise ValueError(f"{name} ({value}) is read only with a dataset: leave it out.")
+        return self
+
     @model_validator(mode="after")
     def _range_holds(self) -> Self:
         if not (self.reward_range[0] <= 0 and self.reward_range[1] >= 1):
@@ -84,20 +101,44 @@ class Functions(RowsTask, frozen=True):
         if not (self.path or self.dataset):
             from lib.tasks import _functions_toy
 
-            return [
-                ListTable(f"made-{self.generate_seed}", _functions_toy.made(self.generate_rows, self.generate_seed))
-            ]
-        files = bfcl_files(hub_folder(self.dataset) if self.dataset else locate(self.path), self.categories)
-        if files:
-            return [BfclTable(questions, category, answers) for category, questions, answers in files]
+            made = _functions_toy.made(self.generate_rows, self.generate_seed)
+            return [ListTable(f"made-{self.generate_seed}", made)]
+        if self._bfcl:
+            return [BfclTable(questions, category, answers) for category, questions, answers in self._bfcl]
         return super().tables()
 
     def input_files(self) -> list[Path]:
-        """The tables; of the benchmark's folder its questions and their answers."""
-        if self.dataset or not self.path:
-            return []
-        files = bfcl_files(locate(self.path), self.categories)
-        return [file for _, *pair in files for file in pair if file is not None] or super().input_files()
+        """The tables; of the benchmark its questions and their answers, downloaded where they are on the Hub."""
+        return [file for _, *pair in self._bfcl for file in pair if file is not None] or super().input_files()
+
+    @cached_property
+    def _bfcl(self) -> list[tuple[str, Path, Path | None]]:
+        """The benchmark's files (category, questions, answers); [] where the data are something else."""
+        if not self.dataset:
+            return bfcl_files(locate(self.path), self.categories) if self.path else []
+        files = bfcl_files(hub_folder(self.dataset, self.dataset_revision), self.categories)
+        for name, value in self._of_the_hub() if files else ():
+            if name != "dataset_revision":
+                raise TaskError(f"task.{name} ({value}): {self.dataset} holds the benchmark's files: name categories.")
+        return files
+
+    def _of_the_hub(self) -> list[tuple[str, str]]:
+        """The fields that say more of a dataset and are set."""
+        default = type(self).model_fields["dataset_split"].default
+        given = {"dataset_config": self.dataset_config, "dataset_revision": self.dataset_revision}
+        given |= {"dataset_split": "" if self.dataset_split == default else self.dataset_split}
+        return [(name, value) for name, value in given.items() if value]
+
+    def rows(self, split: Split) -> Sequence[Row]:
+        """The rows of a split; on first use those are told that no answer can win."""
+        found = super().rows(split)
+        if self._unwinnable:
+            count, some = len(self._unwinnable), ", ".join(self._unwinnable[:_NAMED])
+            log.warning(
+                "functions: rows that accept no call, so that no answer earns their reward: %d (%s)", count, some
+            )
+            self._unwinnable.clear()
+        return found
 
     def check_columns(self, columns: Sequence[str], where: Where) -> None:
         for name in ("question", "function"):
@@ -106,15 +147,15 @@ class Functions(RowsTask, frozen=True):
                 where.report(name, f"no such column. The table has: {have}. Map it: columns: {{{name}: …}}")
 
     def row(self, record: Record, where: Where) -> Row | None:
-        category = str(record.get("category") or "simple")
+        functions, answers = decoded(record.get("function")), decoded(record.get("ground_truth"))
+        category = str(record.get("category") or counted_category(functions, answers))
         if self.categories and category not in self.categories:
             where.drop(f"category {category} is not among task.categories")
             return None
-        turns = _decoded(record.get("question"))
+        turns = decoded(record.get("question"))
         if isinstance(turns, list) and len(turns) > 1 and isinstance(turns[0], list):
             where.drop("a question of several turns")
             return None
-        functions, answers = _decoded(record.get("function")), _decoded(record.get("ground_truth"))
         if answers is None and needs_answers(category):
             where.drop("no ground truth: the answer cannot be graded")
             return None
@@ -132,7 +173,7 @@ class Functions(RowsTask, frozen=True):
             "function": description_problem(functions, language_of(category)),
         }
         if needs_answers(category) and not problems["function"]:
-            problems["ground_truth"] = answer_problem(answers, functions)
+            problems["ground_truth"] = answer_problem(answers, functions, category)
         for column, problem in problems.items():
             if problem:
                 where.report(column, problem)
@@ -157,7 +198,9 @@ class Functions(RowsTask, frozen=True):
             row["ground_truth"] = answers
             right = right_calls(functions, answers, category, self._underscores)
             if check(functions, right, answers, category, self._underscores) is None:
-                row["gold"] = [self._answer(right)]
+                row["gold"] = [{"role": "assistant", "content": self.written(right)}]
+            elif where.errors is not None:
+                self._unwinnable.append(str(record["id"]))
         elif "irrelevance" in category:
             row["gold"] = [{"role": "assistant", "content": ""}]
         if record.get("demonstration") is not None:
@@ -167,9 +210,6 @@ class Functions(RowsTask, frozen=True):
     @property
     def _underscores(self) -> bool:
         return self.prompting == "tools"
-
-    def _answer(self, calls: Sequence[Call]) -> Message:
-        return {"role": "assistant", "content": self.written(calls)}
 
     def written(self, calls: Sequence[Call]) -> str:
         """Calls as the prompt asks for them: Hermes' <tool_call> for tools, a JSON list for text."""
@@ -203,7 +243,7 @@ class Functions(RowsTask, frozen=True):
         parts: dict[str, float | None] = {"solved": float(found is None), "well_formed": float(calls is not None)}
         for name in Grade._fields:
             parts[name] = sum(getattr(one, name) for one in grades) / len(grades)
-        notes: dict[str, Any] = {"verdicts": _verdicts(row["ground_truth"], grades, found), "calls": _shown(calls)}
+        notes: dict[str, Any] = {"verdicts": verdicts(row["ground_truth"], grades, found), "calls": shown(calls)}
         if found is not None:
             notes["problem"] = f"{found.kind}: {found.text}".encode(errors="replace").decode()
         return Score(reward=parts["solved"] if self.reward == "exact" else credit, parts=parts, notes=notes)
@@ -212,35 +252,12 @@ class Functions(RowsTask, frozen=True):
 
     def cheats(self, row: Row) -> dict[str, str]:
         """Calls that look right: too many, twice, by name only, with two values, thought or told but not made."""
-        names = [tool(one, "python", self._underscores)["function"]["name"] for one in row["function"]]
+        if "irrelevance" in row["category"]:
+            return calls_for_nothing(row["function"], self.written, self._underscores)
         if not needs_answers(row["category"]):
-            return {} if "irrelevance" not in row["category"] else self._calls_for_nothing(names)
+            return {}
         right = right_calls(row["function"], row["ground_truth"], row["category"], self._underscores)
-        others = [Call(name, right[0].arguments) for name in names if name != right[0].name]
-        hedged = [Call(one.name, {name: [value, ""] for name, value in one.arguments.items()}) for one in right]
-        found = {
-            "the right calls twice": self.written([*right, *right]),
-            "the right calls and an unknown one": self.written([*right, Call("done", {})]),
-            "the right calls with a parameter more": self.written(
-                [Call(one.name, {**one.arguments, "correct": True}) for one in right]
-            ),
-            "the right calls thought, not made": f"<think>{self.written(right)}</think>",
-            "the right calls told, not made": f"I would call {calls_json(right)} for you.",
-        }
-        if others:
-            found["every function called"] = self.written([*right, *others])
-            found["another function, the same arguments"] = self.written([others[0], *right[1:]])
-        if any(one.arguments for one in right):
-            found["values and nothing at once"] = self.written(hedged)
-        if any(function["parameters"]["required"] for function in row["function"][:1]) or len(names) > 1:
-            found["names without arguments"] = self.written([Call(name, {}) for name in names])
-        return found
-
-    def _calls_for_nothing(self, names: Sequence[str]) -> dict[str, str]:
-        found = {"an unknown function called": self.written([Call("no_function", {})])}
-        if names:
-            found["a call all the same"] = self.written([Call(names[0], {})])
-        return found
+        return cheats_for(row["function"], right, self.written, self._underscores)
 
 
 def _called_at_all(category: str, calls: list[Call] | None, problem: str) -> Score:
@@ -253,39 +270,8 @@ def _called_at_all(category: str, calls: list[Call] | None, problem: str) -> Sco
         "reasons": problem or f"{len(calls or [])} calls",
     }
     name = "some call" if wanted else "no call"
-    notes = {"verdicts": {name: {**verdict, "text": f"{name} is expected"}}, "calls": _shown(calls)}
+    notes = {"verdicts": {name: {**verdict, "text": f"{name} is expected"}}, "calls": shown(calls)}
     return Score(reward=solved, parts={"solved": solved, "well_formed": float(calls is not None)}, notes=notes)
-
-
-def _verdicts(answers: Sequence[Mapping[str, Any]], grades: Sequence[Grade], found: Problem | None) -> dict[str, Any]:
-    """One verdict for each expected call, by its name; a name's second call is `name 2`."""
-    verdicts: dict[str, Any] = {}
-    for number, (answer, one) in enumerate(zip(answers, grades, strict=True), start=1):
-        name, accepted = next(iter(answer.items()))
-        verdicts[name if name not in verdicts else f"{name} {number}"] = {
-            "verdict": "pass" if one.mean == 1 else "fail",
-            "score": one.mean,
-            "reasons": ""
-            if found is None
-            else f"{found.kind}: {found.text}"[:_SHOWN].encode(errors="replace").decode(),
-            "text": f"{name}({json.dumps(accepted)[:_SHOWN]})",
-        }
-    return verdicts
-
-
-def _shown(calls: Sequence[Call] | None) -> list[str]:
-    """Calls as texts, for people: cut short, and plain ASCII whatever the answer held."""
-    return [f"{call.name[:80]}({json.dumps(call.arguments)[:_SHOWN]})" for call in list(calls or [])[:16]]
-
-
-def _decoded(cell: Any) -> Any:
-    """A cell as a value: tables of plain texts hold JSON."""
-    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
-        return None if cell == "" else cell
-    try:
-        return json.loads(cell)
-    except ValueError:
-        return cell
 
 
 def _with_instructions(prompt: Sequence[Message], instructions: str, functions: Sequence[Any]) -> list[Message]:

@@ -419,19 +419,19 @@ HARD += [
 @pytest.mark.parametrize(("language", "kind"), [(language, kind) for language in TYPES for kind in TYPES[language]])
 def test_no_text_of_its_length_takes_long_to_read(language: str, kind: str) -> None:
     for text in (text for *type_, text in HARD if type_ == [language, kind]):
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             from_source(text, kind, "String" if kind in INNER else None, language)
         except SourceError:
             assert text.startswith("1"), "no number with too many digits"
-        assert time.perf_counter() - started < 1.5, f"{text[:40]!r}…{text[-10:]!r}"
+        assert time.process_time() - started < 1.5, f"{text[:40]!r}…{text[-10:]!r}"
 
 
 def test_calls_inside_each_other_are_read_once_each() -> None:
     inner: Any = 1
     for _ in range(25):
         inner = {"f": {"a": inner}}
-    started = time.perf_counter()
+    started = time.process_time()
     parsed = parse({"role": "assistant", "content": "f(a=" * 26 + "1" + ")" * 26})
     assert parsed.calls == [Call("f", {"a": inner})]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

@@ -6,15 +6,20 @@ import asyncio
 import itertools
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import running_hub
 
+from lib import PROJECT_ROOT
 from lib.generate import scripted
-from lib.rollout import run_rollout
+from lib.rollout import attempt, run_rollout
 from lib.task import Message, Rollout, Row, Score, TaskError, Turn, load_task
 from lib.tasks import _wordle_words
 from lib.tasks._wordle_demos import careless
@@ -184,6 +189,45 @@ def test_a_megabyte_of_rubbish_is_an_invalid_guess_and_quickly_read(text: str, p
     assert len(rollout.turns) == 2
 
 
+THOUGHT = "<think>first I would try <guess>[slate]</guess></think>\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "word"),
+    [
+        (f"{THOUGHT}<guess>[crane]</guess>", "crane"),
+        ("I would try <guess>[slate]</guess></think>\n<guess>[crane]</guess>", "crane"),  # the template opened it
+        (f"{THOUGHT}<think>or not</think><guess>[crane]</guess>", "crane"),
+        ({"content": "<guess>[crane]</guess>", "thinking": "Try <guess>[slate]</guess>!"}, "crane"),
+        ({"content": "<guess>[crane]</guess>", "reasoning_content": "</think><guess>[slate]</guess>"}, "crane"),
+        ("<guess>[crane]</guess><think>I hope", "crane"),
+        (THOUGHT, ""),
+        ("<think>I say <guess>[crane]</guess> and so on", ""),
+        ("\n <think>I say <guess>[crane]</guess>", ""),
+        ({"content": "", "thinking": "I say <guess>[crane]</guess>"}, ""),
+        ({"content": None, "reasoning": "I say <guess>[crane]</guess>"}, ""),
+        ("<|channel|>analysis<|message|>I say <guess>[crane]</guess><|end|>", ""),
+    ],
+)
+def test_a_guess_in_the_thoughts_is_no_move(message: str | Message, word: str) -> None:
+    said_so = {"role": "assistant", **(message if isinstance(message, dict) else {"content": message})}
+    for params in ({}, {"think": False}):
+        rollout = Rollout.of(row_of("apple"), said_so)
+        moves = asyncio.run(wordle(**params).score(rollout)).notes["verdicts"]
+        assert moves["turn 1"]["reasons"].startswith(f"{word.upper()} " if word else "There is no guess")
+
+
+def test_thoughts_of_a_reasoning_model_count_for_the_format_only() -> None:
+    apart = {"role": "assistant", "content": "<guess>[crane]</guess>", "thinking": "<guess>[slate]</guess>"}
+    score = asyncio.run(wordle().score(Rollout.of(row_of("crane"), apart)))
+    assert score.parts["solved"] == 1 and score.parts["format"] == pytest.approx(1.0)
+
+
+def test_with_parity_the_first_guess_of_a_message_is_the_move_wherever_it_stands() -> None:
+    _, score = game_of(wordle(parity=True), "apple", f"{THOUGHT}<guess>[crane]</guess>")
+    assert score.notes["verdicts"]["turn 1"]["reasons"].startswith("SLATE ")
+
+
 # -- the course of a game ---------------------------------------------------------------------------------------------
 
 
@@ -285,6 +329,23 @@ def test_the_two_slips_of_the_reference_come_back_with_parity() -> None:
     assert capital.parts["solved"] == 0 and capital.notes["end"] == "won"
 
 
+FORGED = "<guess>Feedback:\nx\n{}</guess>"
+
+
+@pytest.mark.parametrize("marks_said", ["G G G G G", "G" * 50, "Y" * 1000, "G" * 100_000])
+def test_forged_feedback_earns_with_parity_no_more_than_a_green_word_and_otherwise_nothing(marks_said: str) -> None:
+    row, forger = row_of("crane"), scripted(FORGED.format(marks_said))
+    exact, own = (asyncio.run(attempt(wordle(parity=parity), row, forger)).score for parity in (True, False))
+    assert exact.parts["partial"] == pytest.approx(1.0) and exact.parts["solved"] == 0
+    assert exact.reward == pytest.approx(1.0 + 0.2 * 0.6)
+    assert own.parts["partial"] == 0 and own.reward == pytest.approx(0.2 * 0.6)
+
+
+def test_with_parity_a_long_words_green_letters_keep_their_fifth_each() -> None:
+    exact = wordle(parity=True, length=8)
+    assert exact.reward_range[1] == pytest.approx(1 + 1.6 + 0.5 + 0.2)
+
+
 def test_weights_are_fields_and_the_range_follows_them() -> None:
     task = wordle(partial_weight=0, turns_weight=2, format_weight=0)
     assert task.reward_range == (0, 2)
@@ -331,6 +392,18 @@ def test_guesses_that_heed_the_feedback_are_told_from_those_that_do_not() -> Non
     assert (heeded.parts["consistent"], careless_guess.parts["consistent"]) == (1, 0)
 
 
+def test_no_cheat_earns_with_parity_what_the_word_earns_and_each_is_scored() -> None:
+    task = wordle(parity=True)
+    for row in list(task.rows("eval"))[:5]:
+        best = asyncio.run(attempt(task, row, scripted(row["gold"][0]))).score.reward
+        cheats = task.cheats(row)
+        assert best == pytest.approx(1.8) and "forged feedback as a guess" in cheats
+        for name, text in cheats.items():
+            score = asyncio.run(attempt(task, row, scripted(text, "", ""))).score
+            assert score.reward is not None and score.reward <= best * 2 / 3, (name, score)
+            assert score.parts["solved"] == 0, name
+
+
 @pytest.mark.parametrize("params", [{}, {"style": "small", "length": 3}, {"think": False}], ids=str)
 def test_no_cheat_earns_half_of_what_the_word_earns(params: dict[str, Any]) -> None:
     task = wordle(**params)
@@ -353,8 +426,13 @@ def test_the_verdicts_tell_the_game_turn_by_turn() -> None:
 
 
 def test_the_shipped_list_has_the_sizes_that_its_docs_say() -> None:
-    assert [len(_wordle_words.shipped(5, size)) for size in _wordle_words.SIZES] == [600, 1365, 3461, 3685, 4442]
-    assert len(_wordle_words.shipped(3, 35)) == 479 and len(_wordle_words.shipped(3, 50)) == 585
+    said_so = re.findall(r"^ +(\d) letters((?: +[\d,]+){5})$", _wordle_words.__doc__ or "", re.MULTILINE)
+    stated = {int(length): [int(n.replace(",", "")) for n in counts.split()] for length, counts in said_so}
+    sizes = _wordle_words.SIZES
+    counted = {n: [len(_wordle_words.shipped(n, size)) for size in sizes] for n in _wordle_words.LENGTHS}
+    assert stated == counted and counted[5] == [600, 1365, 3461, 3685, 4442]
+    config = (PROJECT_ROOT / "configs" / "wordle.yaml").read_text(encoding="utf-8")
+    assert ", ".join(f"{count:,} ({size})" for size, count in zip(sizes, counted[5], strict=True)) in config
     words = [word for length in _wordle_words.LENGTHS for word in _wordle_words.shipped(length, 50)]
     assert len(words) == len(set(words)) and all(map(_wordle_words.is_word, words))
 
@@ -370,6 +448,40 @@ def test_no_answer_is_in_both_splits() -> None:
     assert len(train) == 1092 and len(held_out) == 273 and not train & held_out
 
 
+THREE: dict[str, Any] = {
+    "length": 3,
+    "style": "small",
+    "path": "configs/examples/wordle/three.txt",
+    "openings": 40,
+    "demonstrations": 1,
+}
+
+
+def test_unseen_words_are_in_no_game_of_training_and_change_nothing_else() -> None:
+    plain, held = wordle(**THREE), wordle(**THREE, unseen_words=12)
+    train, held_out = ([*held.rows("train")], [*held.rows("eval")])
+    unseen = {row["answer"] for row in held_out if row["category"] == "unseen word"}
+    assert len(unseen) == 12 and not unseen & {row["answer"] for row in train}
+    seen = {row["answer"] for row in train}
+    assert len(seen) == 36 and {row["category"] for row in train} == {"seen word"}
+    assert all((row["answer"] in unseen) == (row["category"] == "unseen word") for row in held_out)
+    bare = [{**row, "category": None} for row in plain.rows("eval")]
+    assert [{**row, "category": None} for row in held_out] == bare
+    kept = [row for row in plain.rows("train") if row["answer"] in seen]
+    assert [row["id"] for row in train] == [row["id"] for row in kept]
+    assert {row["answer"] for row in plain.rows("train")} == seen | unseen
+    assert len({row["id"] for row in held.rows("train")} & {row["id"] for row in held_out}) == 0
+
+
+def test_every_word_of_the_toys_game_is_on_both_sides_as_its_config_says() -> None:
+    task = wordle(**THREE)
+    train, held_out = ({row["answer"] for row in task.rows(split)} for split in ("train", "eval"))
+    assert train == held_out and len(train) == 48
+    assert len(task.rows("train")) == 1536 and len(task.rows("eval")) == 384
+    said_so = " ".join((PROJECT_ROOT / "configs" / "wordle3.yaml").read_text().replace("#", " ").split())
+    assert "all 48 words are answers on both sides" in said_so
+
+
 def test_the_prompt_asks_for_thoughts_only_where_they_are_wanted() -> None:
     asked = [wordle(think=think).rows("train")[0]["prompt"][0]["content"] for think in (True, False)]
     assert "<think>" in asked[0] and "<think>" not in asked[1]
@@ -383,9 +495,22 @@ def test_a_list_of_ones_own_is_the_answers_and_all_that_may_be_guessed(tmp_path:
     task = wordle(path=path)
     answers = {row["answer"] for split in ("train", "eval") for row in task.rows(split)}  # type: ignore[arg-type]
     assert answers == {"apfel", "birne", "äpfel"}  # ß has no capital of one letter
-    assert not game_of(task, "apfel", said("ÄPFEL"))[1].notes["verdicts"]["turn 1"]["reasons"].startswith("That")
+    verdicts = game_of(task, "apfel", said("ÄPFEL"), said("birne"))[1].notes["verdicts"]
+    assert [one["reasons"] for one in verdicts.values()][:2] == ["ÄPFEL XGGGG", "BIRNE XXXXY"]
     assert "not a word" in game_of(task, "apfel", said("crane"))[1].notes["verdicts"]["turn 1"]["reasons"]
     assert task.input_files() == [Path(path)]
+
+
+@pytest.mark.parametrize("field", ["path", "dictionary"])
+def test_a_missing_list_is_refused_before_it_is_hashed(tmp_path: Path, field: str) -> None:
+    own = {"path": listed(tmp_path / "own.txt", "apple", "mango")}
+    task = wordle(**{**own, field: str(tmp_path / "gone.txt")})
+    for read in (task.input_files, lambda: asyncio.run(task.reply(Rollout.of(row_of("apple"), CRANE)))):
+        with pytest.raises(TaskError, match=rf"task\.{field}: .*gone\.txt does not exist\. Give a UTF-8 text"):
+            read()
+    (tmp_path / "gone.txt").mkdir()
+    with pytest.raises(TaskError, match=rf"task\.{field}: .*gone\.txt is no file"):
+        task.input_files()
 
 
 def test_words_of_other_lengths_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -424,10 +549,36 @@ def test_a_table_carries_its_answers_in_a_column(tmp_path: Path) -> None:
         wordle(path=str(table)).rows("train")
 
 
+FROM_HUB = """
+import sys
+from lib.task import load_task
+task = load_task("wordle", dataset="some/words", dataset_revision=sys.argv[1], split_ratio=1.0)
+print([row["answer"] for row in task.rows("train")])
+"""
+
+
+@pytest.mark.parametrize(("revision", "asked_for"), [("", "main"), ("a-branch", "a-branch")])
+def test_a_table_on_the_hub_is_read_at_the_revision_asked_for(tmp_path: Path, revision: str, asked_for: str) -> None:
+    card = b"---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n"
+    table = b'{"answer": "apple"}\n{"answer": "mango"}\n'
+    with running_hub("some/words", {"README.md": card, "train.jsonl": table}) as url:
+        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, "-c", FROM_HUB, revision]
+        done = subprocess.run(
+            command, cwd=PROJECT_ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['apple', 'mango']\n"
+    assert [path.name for path in tmp_path.glob("hub/datasets--some--words/refs/*")] == [asked_for]
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"length": 9}, "3 to 6 letters"),
+        ({"unseen_words": 4}, "games of one word are on one side anyway"),
+        ({"unseen_words": 600, "openings": 1, "answer_size": 10}, r"task\.unseen_words 600: there are 600 answers"),
+        ({"unseen_words": -1, "openings": 1}, r"task\.unseen_words"),
         ({"parity": True, "style": "small"}, "exclude each other"),
         ({"dictionary": "words.csv"}, r"give a \.txt list"),
         ({"guesses": 0}, r"task\.guesses"),
@@ -486,7 +637,8 @@ def test_the_starters_tokens_of_a_game_are_those_that_a_rollout_has() -> None:
         game, previous, turns = [*conversation["played"], conversation["answer"]], None, []
         for place, message in enumerate(game):
             if message["role"] == "assistant":
-                prompt = chat.continued_ids(Request([*row["prompt"], *game[:place]], None, previous))
+                said_at = len(row["prompt"]) + place - 2  # before it the world's answer to it, too
+                prompt = chat.continued_ids(Request([*row["prompt"], *game[:place]], None, previous, said_at))
                 output = tokenizer(message["content"] + tokenizer.eos_token)["input_ids"]
                 previous = chat.turn(prompt, output, None)
                 turns.append(previous)
