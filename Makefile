@@ -6,7 +6,7 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl verifiers lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl test-wordle verifiers lab check lock lock-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
@@ -34,6 +34,11 @@ test-bfcl: setup ## 20,000 seeded mutations against bfcl-eval in an environment 
 	@test -x build/bfcl/bin/python || $(python) -m venv build/bfcl
 	@build/bfcl/bin/python -m pip install -q --no-deps bfcl-eval==2026.3.23
 	@PYTHONPATH=. $(python) tests/bfcl_parity.py --python build/bfcl/bin/python $(ARGS)
+
+test-wordle: setup ## feedback and games against TextArena 0.7.4 in an environment of its own (build/wordle)
+	@test -x build/wordle/bin/python || $(python) -m venv build/wordle
+	@build/wordle/bin/python -m pip install -q textarena==0.7.4 pydantic==2.14.3 pyyaml numpy
+	@PYTHONPATH=. build/wordle/bin/python tests/wordle_parity.py $(ARGS)
 
 verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests
 	@$(python) -m lib.tasks._verifiers_make classic v1

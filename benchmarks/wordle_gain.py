@@ -2,10 +2,10 @@
 
 Base and adapter (reloaded from disk) play the same games, paired by game. Held out are games, a word after an opening:
 the words themselves are answers of training games, too. With --unseen, that many words are the answer of no game that
-is trained on, and the verdict is on games of these; with 12 it was FAIL: the toy learns which words are answers, and how
-to find these, not Wordle with other words. Exit status 0 = the 95 % interval of the gain in the win rate, sampled as in
-training, lies above 0, and the chain took at most 15 minutes of two cores: of wall time, or of CPU time where other
-programs kept the machine busy. Finished stages are skipped: a second call only prints.
+is trained on, and the verdict is on games of these; with 12 it was FAIL: the toy learns which words are answers, and
+how to find these, not Wordle with other words. Exit status 0 = the 95 % interval of the gain in the win rate, sampled
+as in training, lies above 0, and the chain took at most 15 minutes of two cores: of wall time, or of CPU time where
+other programs kept the machine busy. Finished stages are skipped: a second call only prints.
 
     python benchmarks/wordle_gain.py
     python benchmarks/wordle_gain.py --unseen 12

@@ -91,7 +91,10 @@ class Ace(JudgedTask, frozen=True):
             return [_Tasks(_domain(table.path), table, self) for table in super().tables()]
         _log_licence(self.dataset)
         chosen = self._chosen(list(HUB_CONFIGS))
-        return [_Tasks(name, hub_table(self.dataset, HUB_CONFIGS[name], self.dataset_split), self) for name in chosen]
+        return [
+            _Tasks(name, hub_table(self.dataset, HUB_CONFIGS[name], self.dataset_split, self.dataset_revision), self)
+            for name in chosen
+        ]
 
     def input_files(self) -> list[Path]:
         """The files of the domains asked for."""
