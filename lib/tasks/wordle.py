@@ -264,8 +264,9 @@ class Wordle(RowsTask, frozen=True):
         """
         messages = rollout.messages[len(rollout.row["prompt"]) :]
         texts = [spoken(message) for message in messages if message["role"] == "assistant"]
-        cut = rollout.stop == "length" or bool(rollout.turns and rollout.turns[-1].stop == "length")
-        moves = texts[:-1] if cut and not self.parity else texts
+        half = bool(rollout.turns and rollout.turns[-1].stop == "length")
+        cut = half or rollout.stop == "length"  # there may have been no room for a further turn
+        moves = texts[:-1] if half and not self.parity else texts
         game = play(rollout.row["answer"], moves, self._rules, rollout.row.get("opening", ""))
         weighed = reference_figures(game, texts) if self.parity else figures(game)
         weighed["format"] = format_score(texts, self._fields)

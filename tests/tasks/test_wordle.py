@@ -385,6 +385,14 @@ def test_a_message_that_was_cut_off_is_no_move() -> None:
     assert (score.parts["solved"], score.parts["valid"], score.notes["end"]) == (0, 0, "cut off")
 
 
+def test_a_whole_guess_counts_where_only_the_next_turn_had_no_room() -> None:
+    row = row_of("crane")
+    turn = Turn(message={"role": "assistant", "content": said("crate")}, stop="stop")
+    rollout = Rollout(row=row, messages=(*row["prompt"], turn.message), turns=(turn,), stop="length")
+    score = asyncio.run(wordle().score(rollout))
+    assert (score.parts["guesses"], score.parts["valid"], score.notes["end"]) == (1, 0, "cut off")
+
+
 def test_guesses_that_heed_the_feedback_are_told_from_those_that_do_not() -> None:
     # After "slate" for "crane" (X X G X G), "brake" fits and "money" does not.
     _, heeded = game_of(wordle(guesses=2), "crane", said("slate"), said("brake"))
