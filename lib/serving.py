@@ -62,7 +62,7 @@ def serve(options: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
     try:
         served = result_of(Run(run.folder, config)) if run else base_of(config)
         with start(program(config, served, logs, port=options.port, deadline=options.wait)) as host:
-            name = options.run or default_name(path)
+            name = options.run or default_name(path, config.task.name)
             sys.stdout.write(_told(served, host, [str(path), f"run_name={name}-served", *options.parameters]))
             sys.stdout.flush()
             while True:
