@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
@@ -300,8 +301,13 @@ def test_a_failed_build_leaves_nothing_at_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_building_prints_nothing_and_logs_plain_lines(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("lib"), "handlers", [])  # a test before this one may have opened a run
+    monkeypatch.setattr(logging.getLogger("lib"), "propagate", True)
     with caplog.at_level("INFO", logger="lib.starter"):
         build_starter(colour_rows(), tmp_path / "starter", steps=2, batch_size=4, max_rows=32)
     assert capfd.readouterr() == ("", "")
