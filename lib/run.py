@@ -31,6 +31,8 @@ examples:
   python -m lib.run all configs/decisions.yaml                       the whole chain; finished stages are skipped
   python -m lib.run all configs/decisions.yaml -p run_name=long -p training.steps=200
   python -m lib.run notebooks/3_grpo_training.ipynb configs/decisions.yaml
+  python -m lib.run check sync --config configs/mrl.yaml             one part of a distributed training: rollout,
+                                                                     reward, sync, checkpoints
   python -m lib.run serve configs/decisions.yaml                     the model behind an OpenAI-compatible URL
   python -m lib.run doctor                                           what this machine has, and what is missing
 """
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lib.backends import train_child
 
         return train_child(arguments[1])
+    if arguments[:1] == ["check"]:
+        return _check_part(arguments[1:])
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -80,6 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     anything = "a notebook parameter or any config key, dotted (training.steps=20); repeatable"
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=anything)
     return parser
+
+
+def _check_part(arguments: Sequence[str]) -> int:
+    from lib.check import CheckError, check, parser
+
+    options = parser().parse_args(arguments)
+    try:
+        given = _split(parse_parameters(options.parameters), {"run_name": ""}, options.config)
+        return check(options.part, options.config, given["overrides"], str(given.get("run_name", "")))
+    except WorkbenchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1 if isinstance(error, CheckError) else 2
 
 
 def _serve(arguments: Sequence[str]) -> int:

@@ -97,6 +97,10 @@ class Run:
         """What training logged so far, one record per step."""
         return list(read_lines(self.folder / "metrics.jsonl"))
 
+    def events(self) -> list[dict[str, Any]]:
+        """What happened between the roles of a distributed training; [] where one process trains alone."""
+        return list(read_lines(self.folder / "events.jsonl"))
+
     def rollouts(self, last: int = 0) -> list[dict[str, Any]]:
         """The logged completions; `last` > 0 keeps only the newest, read from the end of the file."""
         path = self.folder / "rollouts.jsonl"
@@ -151,7 +155,7 @@ class Run:
         key = {"config": self._sections(sections), "inputs": dict(inputs), "lock": lock_hash()}
         record = self._stage(stage)
         if record is not None and self._has_something_to_lose(record):
-            differences = _differences(_with_new_defaults(record["key"]), key)
+            differences = _differences(_with_new_defaults(record["key"], sections), key)
             if differences:
                 raise RunError(self._refusal(stage, differences))
             if record["finished"]:
@@ -502,13 +506,13 @@ def _record_provenance(run: Run) -> None:
         logger.warning("the code changed since this run was made (%s)", what)
 
 
-def _with_new_defaults(key: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's key as it would be today: config keys that came later have their defaults."""
+def _with_new_defaults(key: Mapping[str, Any], sections: Sequence[str] = ()) -> dict[str, Any]:
+    """A stage's key as it would be today: config keys, and `sections`, that came later have their defaults."""
     try:
         today = parse_config(key["config"]).as_json()
     except ConfigError:
         return dict(key)
-    return {**key, "config": _deciding({section: today[section] for section in key["config"]})}
+    return {**key, "config": _deciding({section: today[section] for section in {*key["config"], *sections}})}
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:

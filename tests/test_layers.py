@@ -18,12 +18,12 @@ LIB = PROJECT_ROOT / "lib"
 # DESIGN's table: generate stands above rollout, because a BatchGenerate answers rollout's Requests.
 ORDER = """
     __init__
-    places   doctor   extract   patience
+    places   doctor   extract   patience   roles
     gpu
     task
     config   log   tables   ledger   cost
     quote   keeper   wire   room
-    provenance   data   sandbox   calls
+    provenance   data   sandbox   calls   rpc
     judge
     runfolder   grading   reward_model
     tasks
@@ -35,12 +35,13 @@ ORDER = """
     meter   attacks
     preflight
     show
-    sync   hosts
+    sync   hosts   training
     engine
     serving
     actor   rollout_worker
+    orchestrator   processes
     backends
-    export   executed
+    export   executed   check
     run
     container   experiment   command
     remote
@@ -72,10 +73,13 @@ FORBIDDEN = {
     "prepare": ["trainer", "backends", "tasks"],
     "show": ["runfolder", "backends", "trainer", "tasks"],
     "trainer": ["tasks", "runfolder", "backends", "config"],
+    "training": ["tasks", "backends", "show"],
     "actor": ["tasks"],
-    "rollout_worker": ["tasks"],
-    "sync": ["tasks"],
+    "rpc": ["roles", "task", "tasks", "config", "models", "trainer"],
+    "rollout_worker": ["tasks", "trainer", "backends", "orchestrator"],
+    "sync": ["tasks", "trainer", "backends", "rpc"],
     "hosts": ["tasks"],
+    "orchestrator": ["tasks", "backends", "models", "actor", "rollout_worker", "show"],
     "engine": ["tasks", "trainer", "backends", "evaluate"],
     "serving": ["tasks", "trainer", "backends", "evaluate"],
     "backends": ["tasks", "run", "show"],

@@ -25,6 +25,7 @@ from lib.rollout import UnscoredLimitError
 from lib.runfolder import Run, open_run, read_run
 from lib.task import Task, load_task
 from lib.tools import ToolsError
+from lib.training import RowsError, StopSignal
 
 
 class NeverStop:
@@ -43,9 +44,7 @@ class StopAfter:
         return self.steps <= 0
 
 
-def train(
-    name: str, workspace: Path, stop: local.StopSignal | None = None, **overrides: Any
-) -> tuple[Run, Path | None]:
+def train(name: str, workspace: Path, stop: StopSignal | None = None, **overrides: Any) -> tuple[Run, Path | None]:
     """Two steps on the smoke config, with the session's starter policy."""
     paths = {"paths.outputs": str(workspace / "outputs"), "paths.cache": str(workspace / "cache")}
     config = load_config(SMOKE, {**paths, "training.steps": 2, **overrides})
@@ -143,7 +142,7 @@ def test_completions_also_go_to_a_csv_when_asked(chain: Any, workspace: Path) ->
 def test_prompts_over_the_limit_are_dropped_and_counted(
     chain: Any, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(local.LocalError, match=r"all 600 prompts are longer than sampling.prompt_limit 5: raise it"):
+    with pytest.raises(RowsError, match=r"all 600 prompts are longer than sampling.prompt_limit 5: raise it"):
         train("short", workspace, **{"sampling.prompt_limit": 5})
     assert "training: 0 rows, 600 dropped over sampling.prompt_limit 5 tokens" in capsys.readouterr().out
 
@@ -353,7 +352,7 @@ def test_a_disk_that_fills_ends_training_resumable_and_says_so(
 
 def test_a_batch_of_more_prompts_than_rows_is_refused(chain: Any, workspace: Path) -> None:
     with pytest.raises(
-        local.LocalError, match=r"one sampling takes 1000 prompts .* only 600 rows: set training.batch to at most 2400"
+        RowsError, match=r"one sampling takes 1000 prompts .* only 600 rows: set training.batch to at most 2400"
     ):
         train("few", workspace, **{"training.batch": 4000})
 

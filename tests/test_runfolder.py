@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from lib import PROJECT_ROOT, provenance
-from lib.config import Config, parse_config
+from lib.config import Config, load_config, parse_config
 from lib.log import scrub, start_logging
 from lib.runfolder import (
     Run,
@@ -753,3 +753,18 @@ def test_log_lines_follow_a_replaced_standard_output(
         pass  # pytest puts another stdout in place, as a notebook kernel does
     logger.info("to whoever listens now")
     assert "to whoever listens now" in capsys.readouterr().out
+
+
+def test_a_section_that_came_later_has_its_defaults_in_an_older_key(tmp_path: Path) -> None:
+    config = load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path)})
+    run = open_run("old", config)
+    run.begin("training", ["task", "training"], {})
+    run.end("training", {"path": "adapter"})
+    assert run.begin("training", ["task", "training", "distributed"], {}) == {"path": "adapter"}
+    again = open_run(
+        "old", load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path), "distributed.workers": 5})
+    )
+    assert again.begin("training", ["task", "training", "distributed"], {}) == {"path": "adapter"}
+    with pytest.raises(RunError, match=r"distributed\.overlap was 1, now 3"):
+        other = load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path), "distributed.overlap": 3})
+        open_run("old", other).begin("training", ["task", "training", "distributed"], {})

@@ -21,12 +21,12 @@ from peft import LoraConfig
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from lib.backends.local import trl_arguments
 from lib.config import parse_config
 from lib.runfolder import Run
 from lib.starter import build_tokenizer
 from lib.task import Row
 from lib.trainer import Batch, finished_reward, make_trainer_class
+from lib.training import trl_arguments
 
 LIMIT = 8
 """Tokens that an answer may have."""
@@ -214,11 +214,16 @@ def test_the_overridden_method_returns_eight_items_that_its_caller_unpacks_in_ou
     ]  # fmt: skip
 
 
-def test_the_subclass_is_made_once_and_overrides_three_methods_only() -> None:
+def test_the_subclass_is_made_once_and_overrides_four_methods_only() -> None:
     subclass = make_trainer_class()
     assert make_trainer_class() is subclass and subclass.__bases__ == (GRPOTrainer,)
     overridden = {name for name in vars(subclass) if callable(vars(subclass)[name])}
-    assert overridden == {"_generate", "_compute_loss", "_get_train_sampler"}
+    assert overridden == {
+        "_generate",
+        "_generate_and_score_completions",
+        "_compute_loss",
+        "_get_train_sampler",
+    }
 
 
 def test_finished_rewards_are_handed_on_as_they_came() -> None:

@@ -34,7 +34,7 @@ from lib.task import Row, Task, load_task
 logger = logging.getLogger(__name__)
 
 STAGE = "training"
-SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training", "rewards")
+SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training", "distributed", "rewards")
 """The config sections that decide what training produces."""
 
 PRODUCTS = ("checkpoints", "adapter", "model", "rollouts.jsonl", "metrics.jsonl")

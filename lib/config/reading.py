@@ -153,6 +153,17 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 _HOW_ASKED = {
     "evaluation.endpoint": ("key", "concurrency", "timeout", "attempts"),
+    "distributed": (
+        "workers",
+        "in_flight",
+        "attempts",
+        "restarts",
+        "start_deadline",
+        "turn_deadline",
+        "sync_deadline",
+        "canary_deadline",
+        "step_deadline",
+    ),
     "rewards": ("max_unscored", "world_seconds", "score_seconds"),
     "sampling.vllm": ("memory_share", "enforce_eager", "block_size", "tool_calls", "tool_parser"),
 }

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from lib.config.distributed import DistributedSection
 from lib.config.evaluation import EvaluationSection
 from lib.config.section import Positive, Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
@@ -111,7 +112,7 @@ class Config(Section):
     schema_version: int = Field(SCHEMA, alias="schema")
     task: TaskSection
     data: DataSection = DataSection()
-    backend: Literal["local"] = "local"
+    backend: Literal["local", "distributed"] = "local"
     where: Literal["here", "modal"] = "here"
     """modal = notebook 3 trains in a Modal container and this process follows it."""
     model: ModelSection = ModelSection()
@@ -119,6 +120,7 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     sampling: SamplingSection = SamplingSection()
     training: TrainingSection = TrainingSection()
+    distributed: DistributedSection = DistributedSection()
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
     tracker: TrackerSection = TrackerSection()
@@ -148,6 +150,44 @@ class Config(Section):
         if self.lora.expert_parameters not in ("auto", ()) and self.lora.dropout:
             raise ValueError("lora.expert_parameters needs lora.dropout 0 (PEFT cannot drop out of bare tensors)")
         return self
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Config:
+        if self.backend != "distributed":
+            return self
+        ours, training = self.distributed, self.training
+        window = training.passes_per_generation * training.iterations
+        if window % training.accumulation:
+            raise ValueError(
+                f"backend distributed trains whole generation batches, and one feeds {window} passes "
+                f"(steps_per_generation x iterations) while a step takes {training.accumulation}: set "
+                f"training.steps_per_generation to a multiple of training.accumulation"
+            )
+        if ours.sync_method == "lora" and not self.lora.enabled:
+            raise ValueError("distributed.sync_method lora needs lora.enabled: set it, or sync_method to reload")
+        if ours.max_staleness is not None and ours.max_staleness < self.sync_lag:
+            raise ValueError(
+                f"distributed.sync_weights_every {ours.sync_weights_every} lets a worker's weights be {self.sync_lag} "
+                f"steps old before anything is sampled, and max_staleness is {ours.max_staleness}: no batch could "
+                f"ever be trained on. Sync more often, or raise max_staleness to at least {self.sync_lag}"
+            )
+        return self
+
+    @property
+    def as_served(self) -> Config:
+        """This config with vLLM as what samples, whatever `sampling.engine` says: rollout workers are vLLM engines."""
+        return self.model_copy(update={"sampling": self.sampling.model_copy(update={"engine": "vllm"})})
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that one generation batch feeds (backend distributed: a whole number)."""
+        return self.training.passes_per_generation * self.training.iterations // self.training.accumulation
+
+    @property
+    def sync_lag(self) -> int:
+        """Optimizer steps that have been done since the last sync, at most, when sampling begins."""
+        steps = self.steps_per_batch
+        return (-(-self.distributed.sync_weights_every // steps) - 1) * steps
 
     def as_json(self) -> dict[str, Any]:
         """The resolved config as plain JSON values, as `config.json` holds it."""

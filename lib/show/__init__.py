@@ -13,6 +13,7 @@ from lib.show.labels import label_sheet
 from lib.show.meter import meter
 from lib.show.page import config, is_interactive, messages, rows, table, text
 from lib.show.preflight import attacks, gate
+from lib.show.roles import roles
 from lib.show.training import attempts, curves, live, parts, rollouts
 from lib.show.transcript import transcript
 
@@ -40,6 +41,7 @@ __all__ = [
     "parts",
     "pass_at_k",
     "reward_spread",
+    "roles",
     "rollouts",
     "rows",
     "runs",

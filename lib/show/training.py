@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lib.cost import Bill
 from lib.show.figure import BLUE, GREEN, GREY, ORANGE, RED, done, new_figure, number, smooth, whole_steps
 from lib.show.page import is_interactive, table
+from lib.show.roles import LIVE_SECONDS, roles_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,18 +55,22 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return done(figure)
 
 
-def live(bill: Callable[[], Bill] | None = None) -> Callable[[list[dict[str, Any]], bool], None]:
+def live(
+    bill: Callable[[], Bill] | None = None, events: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+) -> Callable[[list[dict[str, Any]], bool], None]:
     """A watcher that redraws the curves in place as metrics arrive, in a small share of the time; the last always.
 
-    With `bill` the figure also says what the run has cost so far.
+    With `bill` the figure also says what the run has cost so far; with `events`, where several roles train, a second
+    one shows who is busy.
     """
     from IPython.display import DisplayHandle, display
 
     handle: DisplayHandle | None = None
+    handle_of_roles: DisplayHandle | None = None
     ready = 0.0
 
     def watch(metrics: list[dict[str, Any]], final: bool) -> None:
-        nonlocal handle, ready
+        nonlocal handle, handle_of_roles, ready
         if not metrics or not (final or time.monotonic() > ready):
             return
         started = time.monotonic()
@@ -76,6 +81,13 @@ def live(bill: Callable[[], Bill] | None = None) -> Callable[[list[dict[str, Any
             handle = display(figure, display_id=True)
         else:
             handle.update(figure)
+        happened = events() if events and not final else ()  # at the end the notebook shows all of it, with a table
+        if happened:
+            busy = roles_figure(happened, metrics, LIVE_SECONDS)
+            if handle_of_roles is None:
+                handle_of_roles = display(busy, display_id=True)
+            else:
+                handle_of_roles.update(busy)
         ready = time.monotonic() + (time.monotonic() - started) / _LIVE_SHARE
 
     return watch
