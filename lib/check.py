@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lib import WorkbenchError
+from lib.backends.distributed import open_chat
 from lib.config import Config, load_config
-from lib.generate import unloaded_chat
-from lib.orchestrator import Hosts
+from lib.orchestrator import Hosts, sampling_of
 from lib.places import locate
 from lib.preflight import known_answers
 from lib.prepare import prepare
 from lib.processes import Processes
-from lib.roles import ActorError, Method, Sampling, WorkerError
+from lib.roles import ActorError, Method, WorkerError
 from lib.rollout import finish
 from lib.runfolder import Run, default_name, open_run, read_run
 from lib.sync import compare
@@ -93,16 +93,8 @@ async def _rollout(config: Config, run: Run, hosts: Hosts) -> int:
     worker = await hosts.start_worker("worker-0", state.model)
     release, _ = await actor.publish(1, config.distributed.sync_method)
     await worker.update_weights(release)
-    chat = unloaded_chat(config.as_served, state.model)
-    chat.end_ids = frozenset(state.end_ids)
-    wanted = config.sampling
-    sampling = Sampling(
-        wanted.completion_limit,
-        wanted.temperature,
-        wanted.top_p,
-        wanted.top_k,
-        tuple(state.end_ids),
-    )
+    chat = open_chat(config, state)
+    sampling = sampling_of(config, chat)
     for row in run.read_rows("train")[:_ROWS]:
         prompt = chat.prompt_ids(row["prompt"], row.get("tools"))
         (turn,) = await worker.generate([prompt], sampling)

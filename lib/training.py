@@ -29,6 +29,7 @@ from lib.trainer import finished_reward, make_trainer_class
 
 logger = logging.getLogger(__name__)
 
+_MANY_MASKED = 0.2
 _LITTLE_DISK = 4 * 2**20
 """Bytes below which a failed write is put down to a full disk."""
 
@@ -39,6 +40,25 @@ class StopSignal(Protocol):
 
 class RowsError(WorkbenchError, ValueError):
     """The rows do not fit the config; the message says what to change."""
+
+
+class MaskedWatch:
+    """Says it once where many answers are masked: they have no gradient, so a policy that drifts into them is not
+    pushed back."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def note(self, share: float, step: int) -> None:
+        """`share`: of the answers of this step."""
+        if share > _MANY_MASKED and not self.warned:
+            self.warned = True
+            logger.warning(
+                "step %d: %.0f%% of the answers are masked by the task as invalid, and nothing pushes the policy back "
+                "from them: score them low instead (task.on_invalid: zero, say), or raise training.beta",
+                step,
+                100 * share,
+            )
 
 
 # rows -----------------------------------------------------------------------------------------------------------------

@@ -32,8 +32,7 @@ def train(
         hosts = Processes(config, run)
 
     def read(state: ActorState) -> tuple[Chat, list[int]]:
-        chat = unloaded_chat(config.as_served, state.model)
-        chat.end_ids = frozenset(state.end_ids)
+        chat = open_chat(config, state)
         check_tools(chat, rows)
         kept = kept_rows(rows, chat, config)
         if task.max_turns > 1:
@@ -47,3 +46,10 @@ def train(
     if config.training.completions_csv:
         write_csv(run, config.training.completions_csv)
     return Path(folder) if folder else None
+
+
+def open_chat(config: Config, state: ActorState) -> Chat:
+    """The chat of the actor's policy, as the workers serve it."""
+    chat = unloaded_chat(config.as_served, state.model)
+    chat.end_ids = frozenset(state.end_ids)
+    return chat

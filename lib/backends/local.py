@@ -18,13 +18,14 @@ from lib import WorkbenchError, models, without
 from lib.config import Config
 from lib.generate import Chat, Sample, batched, chat_of, check_turns
 from lib.patience import Patience
-from lib.rollout import Scored, check_unscored, collect
+from lib.rollout import check_unscored, collect
 from lib.room import within_room
 from lib.runfolder import Run
 from lib.task import Row, Task
 from lib.tools import check_tools
 from lib.trainer import Batch, make_trainer_class, to_batch
 from lib.training import (
+    MaskedWatch,
     StopSignal,
     complete_checkpoint,
     explain,
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
-
-
-_MANY_MASKED = 0.2
 
 
 class LocalError(WorkbenchError, RuntimeError):
@@ -99,7 +97,7 @@ class RolloutSource:
         self.config, self.task, self.rows, self.chat, self.run = config, task, rows, chat, run
         self.passes_before: int | None = None
         """Forward-backward passes of earlier processes: TRL counts from 0 again after a resume."""
-        self.warned = False
+        self.masked = MaskedWatch()
 
     def __call__(self, trainer: Any, indices: list[Any]) -> Batch:
         self.chat.end_ids = frozenset(trainer.eos_token_ids)
@@ -111,7 +109,7 @@ class RolloutSource:
         if self.passes_before is None:
             self.passes_before = trainer.state.global_step * self.config.training.accumulation
         micro_step = self.passes_before + trainer._step
-        self._warn_of_masked(scored, step)
+        self.masked.note(sum(s.score.masked for s in scored) / len(scored), step)
         self.run.append("rollouts.jsonl", (rollout_record(s, i, group, step, micro_step) for i, s in enumerate(scored)))
         check_unscored((s.score for s in scored), rewards.max_unscored, f"step {step}")
         return to_batch(scored, group)
@@ -133,18 +131,6 @@ class RolloutSource:
         if self.config.sampling.engine == "vllm":
             return sample
         return within_room(ask, self.config.sampling.completion_limit, self.chat.room, self.chat.end_ids)
-
-    def _warn_of_masked(self, scored: Sequence[Scored], step: int) -> None:
-        """Say it once: masked answers have no gradient, so a policy that drifts into them is not pushed back."""
-        share = sum(s.score.masked for s in scored) / len(scored)
-        if share > _MANY_MASKED and not self.warned:
-            self.warned = True
-            logger.warning(
-                "step %d: %.0f%% of the answers are masked by the task as invalid, and nothing pushes the policy back "
-                "from them: score them low instead (task.on_invalid: zero, say), or raise training.beta",
-                step,
-                100 * share,
-            )
 
 
 def _check_machine(config: Config) -> None:

@@ -9,6 +9,6 @@ from lib.orchestrator.fleet import FleetError
 from lib.orchestrator.hosts import Hosts
 from lib.orchestrator.order import DataOrder
 from lib.orchestrator.plan import Plan
-from lib.orchestrator.training import OrchestratorError, train
+from lib.orchestrator.training import OrchestratorError, sampling_of, train
 
-__all__ = ["DataOrder", "FleetError", "Hosts", "OrchestratorError", "Plan", "train"]
+__all__ = ["DataOrder", "FleetError", "Hosts", "OrchestratorError", "Plan", "sampling_of", "train"]

@@ -33,8 +33,6 @@ class Policy(NamedTuple):
 
     chat: Chat
     sampling: Sampling
-    longest: int | None
-    """Tokens of prompt and answer together."""
     seed: int
     patience: Patience
     """How long the world and the scorer are waited for, which all rollouts share."""
@@ -105,7 +103,7 @@ class Generation:
 
     async def _play(self, life: Life, draft: Draft, position: int, row: Row) -> None:
         seed = partial(seed_of, self._policy.seed, draft.index, position)
-        play = Play(life, self._policy.chat, self._policy.sampling, self._policy.longest, seed)
+        play = Play(life, self._policy.chat, self._policy.sampling, seed)
         scoring = self._events.busy(SCORING)
         left = False
 

@@ -23,10 +23,10 @@ from lib.task import Message, Row, Task, Turn
 class Play:
     """Plays a row with the turns of one worker."""
 
-    def __init__(self, life: Life, chat: Chat, sampling: Sampling, longest: int | None, seed: Callable[[int], int]):
-        """`longest`: tokens of prompt and answer together; `seed`: of the turn with this number."""
+    def __init__(self, life: Life, chat: Chat, sampling: Sampling, seed: Callable[[int], int]):
+        """`seed`: of the turn with this number."""
         self._life, self._chat, self._sampling = life, chat, sampling
-        self._longest, self._seed = longest, seed
+        self._seed = seed
         self._stamps: list[Stamp] = []
         self._previous: Turn | None = None
         self._said_at = 0
@@ -59,9 +59,7 @@ class Play:
         return self._previous
 
     def _room(self, prompt: Sequence[int]) -> int:
-        if self._longest is None:
-            return self._sampling.max_tokens
-        room = min(self._sampling.max_tokens, self._longest - len(prompt))
+        room = min(self._sampling.max_tokens, self._chat.room(prompt))
         if room < 1:
             raise OutOfRoomError
         return room

@@ -33,12 +33,11 @@ from lib.roles import ActorError, ActorState, Method, Sampling, StepReport
 from lib.rollout import UnscoredLimitError, check_unscored
 from lib.runfolder import Run, plain
 from lib.task import Row, Task
-from lib.training import StopSignal, say_step
+from lib.training import MaskedWatch, StopSignal, say_step
 
 logger = logging.getLogger(__name__)
 
 ORCHESTRATOR = "orchestrator"
-_MANY_MASKED = 0.2
 _PIECE = 64
 """Lines that are written at a time: a thousandth of a second."""
 
@@ -94,7 +93,7 @@ class Training:
         self._plan, self.events = Plan.of(config), Events(run)
         self._step = self._consumed = self._max_steps = 0
         self._drafts: dict[int, Draft] = {}
-        self._warned = False
+        self._masked = MaskedWatch()
         self._began = self._last_step = self.events.now()
         self._actor: ActorDesk
         self._fleet: Fleet
@@ -154,7 +153,7 @@ class Training:
         chat, kept = await read(state)
         self._order = DataOrder(kept, self._plan.prompts, config.training.seed)
         patience = Patience(config.rewards.world_seconds, config.rewards.score_seconds)
-        policy = Policy(chat, _sampling(config, chat), chat.token_limit, config.training.seed, patience)
+        policy = Policy(chat, sampling_of(config, chat), config.training.seed, patience)
         self._generation = Generation(
             self._fleet, self._task, self._rows, policy, self._oldest_weights, self._crew.start
         )
@@ -239,18 +238,7 @@ class Training:
             staleness={"mean": sum(behind) / len(behind), "max": max(behind)},
         )
         masked = sum(one.score.masked for one in draft.scored) / len(records)
-        self._warn_of_masked(masked, f"step {self._step + 1}")
-
-    def _warn_of_masked(self, share: float, where: str) -> None:
-        """Say it once: masked answers have no gradient, so a policy that drifts into them is not pushed back."""
-        if share > _MANY_MASKED and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: %.0f%% of the answers are masked by the task as invalid, and nothing pushes the policy back from "
-                "them: score them low instead (task.on_invalid: zero, say), or raise training.beta",
-                where,
-                100 * share,
-            )
+        self._masked.note(masked, self._step + 1)
 
     def _write_metrics(self, report: StepReport) -> None:
         elapsed = round(self.events.now() - self._began, 3)
@@ -313,7 +301,8 @@ class Training:
         self.events.add(ACTOR, "checkpoint", step=self._step, consumed=self._consumed, folder=folder)
 
 
-def _sampling(config: Config, chat: Chat) -> Sampling:
+def sampling_of(config: Config, chat: Chat) -> Sampling:
+    """How a config wants turns sampled."""
     ours = config.sampling
     ends = tuple(sorted(chat.end_ids))
     return Sampling(ours.completion_limit, ours.temperature, ours.top_p, ours.top_k, ends)
