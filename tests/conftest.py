@@ -114,3 +114,18 @@ def server(shared_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> Judge
     shared_server.control(reset=True)
     monkeypatch.delenv("WORKBENCH_RUN", raising=False)
     return shared_server
+
+
+@pytest.fixture
+def wandb_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """wandb, offline, writing here. It reads its settings once in a process: both ends of the test forget them."""
+    import wandb
+
+    wandb.teardown()
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("PROJECT", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", "")  # so that what the test leaves there is taken back
+        monkeypatch.delenv(f"WANDB_{name}")
+    yield tmp_path
+    wandb.teardown()

@@ -678,22 +678,16 @@ def test_whoever_waits_is_told_when_a_step_breaks_and_the_state_is_answered_mean
                 call.result(timeout=60)
 
 
-def test_wandb_gets_the_metrics_and_is_finished_with_the_actor(
-    folder: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_wandb_gets_the_metrics_and_is_finished_with_the_actor(folder: Path, whole: Whole, wandb_folder: Path) -> None:
     import wandb
 
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "PROJECT": "", "RUN_ID": ""}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    monkeypatch.delenv("WANDB_PROJECT")
-    monkeypatch.delenv("WANDB_RUN_ID")
     run = run_of(folder, "tracked", **{"tracker.name": "wandb", "tracker.project": "here"} | DROPPED)
     actor = Actor(str(run.folder))
     actor.initialize()
     actor.train_step(whole[1][0])
     assert wandb.run is not None and wandb.run.id.startswith("tracked-") and wandb.run.summary["train/global_step"] == 1
     actor.close()
-    assert wandb.run is None and list(tmp_path.rglob("*.wandb"))
+    assert wandb.run is None and list(wandb_folder.rglob("*.wandb"))
 
 
 def test_a_model_that_cannot_be_loaded_is_told_with_the_remedy(folder: Path) -> None:

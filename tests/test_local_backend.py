@@ -290,19 +290,14 @@ def test_a_template_that_does_not_show_the_tools_is_refused_before_anything_is_s
     assert not list((run.folder / "evaluation").glob("*"))
 
 
-def test_wandb_gets_the_metrics_offline(
-    chain: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_wandb_gets_the_metrics_offline(chain: Any, workspace: Path, wandb_folder: Path) -> None:
     run, _ = train("tracked", workspace, **{"tracker.name": "wandb", "tracker.project": "here", "tracker.run": "mine"})
     import wandb
 
     assert wandb.run is not None and (wandb.run.project, wandb.run.name) == ("here", "mine")
     assert wandb.run.id.startswith("tracked-") and len(run.metrics()) == 2
     wandb.finish()
-    assert list(tmp_path.rglob("*.wandb"))
+    assert list(wandb_folder.rglob("*.wandb"))
 
 
 def test_running_out_of_memory_names_the_phase_the_peak_and_the_knobs(

@@ -54,6 +54,13 @@ then moves the share below by 0.05, and a false alarm is five times that."""
 FOLLOWED = (0.75, 1.25)
 """The share of such a change that a worker has to show."""
 
+CACHE_NOISE = 25.0
+"""Times the root mean square of the differences at a prompt's other tokens: more than that, at the tokens that are read
+through the cache, is no noise. (A kept cache: 300 times and more, clean syncs at most 8.)"""
+
+CACHE_SHARE = 0.1
+"""And that much of the tokens' change, or the cache is not what is wrong."""
+
 
 def make_canaries(prompts: Sequence[Sequence[int]], block: int, longest: int, short: int = 0) -> list[list[int]]:
     """Prompts of token ids, made from real ones: the same for the same arguments.
@@ -125,6 +132,9 @@ def compare(
             if not FOLLOWED[0] <= share <= FOLLOWED[1]:
                 why = f"it shows {share:.0%} of the change since version {before.version}: old weights, or a mixture"
                 return Proof(canary.version, False, worst, why)
+        if any(map(_old_cache, canary.logprobs, answered, before.logprobs)):
+            why = f"what it reads through its cache is not from these weights, but from version {before.version} or so"
+            return Proof(canary.version, False, worst, why)
     return Proof(canary.version, True, worst)
 
 
@@ -143,3 +153,18 @@ def _shares(
             if size > (STANDS_OUT * usual) ** 2:
                 shares.append(sum((new - old) * (seen - old) for new, seen, old in part) / size)
     return shares
+
+
+def _old_cache(now: Sequence[float], served: Sequence[float], then: Sequence[float]) -> bool:
+    """Whether the tokens that are read through the cache are wrong where the others are right.
+
+    New weights on top of old keys and values may show any share of a change, in any direction. But the tokens before
+    tell how much two right implementations differ in this very answer.
+    """
+    if len(now) <= 2 * TAIL:
+        return False
+    apart = [new - seen for new, seen in zip(now, served, strict=True)]
+    noise = math.hypot(*apart[:-TAIL]) / math.sqrt(len(apart) - TAIL)
+    wrong = math.hypot(*apart[-TAIL:])
+    change = math.hypot(*(new - old for new, old in zip(now[-TAIL:], then[-TAIL:], strict=True)))
+    return wrong > CACHE_SHARE * change and wrong / math.sqrt(TAIL) > CACHE_NOISE * noise
