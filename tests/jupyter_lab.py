@@ -76,6 +76,7 @@ class Lab:
         client = BlockingKernelClient(connection_file=str(self.runtime / f"kernel-{kernel}.json"))
         client.load_connection_file()
         client.start_channels()
+        client.hb_channel.time_to_dead = START  # its own second is too short for a kernel on a busy machine
         try:
             client.wait_for_ready(timeout=START)
             yield client

@@ -271,7 +271,7 @@ def test_a_run_that_outlives_its_attempt_goes_on_in_the_next(cloud: Cloud, unbro
     texts = ["-p", "run_name=hours", "-p", "task.on_invalid=zero", "-p", "training.steps=30"]
     done = cloud.call(
         *["run", "--notebook", "3_grpo_training", "--config", str(config.relative_to(cloud.folder)), *ON_CPU, *texts],
-        *["-p", "training.save_steps=15", "--timeout", str(30 / 3600), "--retries", "10"],
+        *["-p", "training.save_steps=5", "--timeout", str(30 / 3600), "--retries", "10"],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(cloud.events("retry")) > before
