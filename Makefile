@@ -6,10 +6,10 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions test-bfcl test-wordle verifiers lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle verifiers lab check lock lock-check clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
 
 setup: ## install everything into .venv from one lock (quick when nothing changed)
 	@bash requirements/setup.sh
@@ -29,6 +29,12 @@ learn-wordle: setup ## GRPO on Wordle with 3 letters: held-out win rate before a
 
 learn-functions: setup ## GRPO on short function calls: held-out exact match before and after (about 10 minutes)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) benchmarks/functions_gain.py $(ARGS)
+
+learn-distributed: setup ## decisions through two rollout workers against one process: held-out gains (about 20 minutes)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) benchmarks/learning_distributed.py $(ARGS)
+
+show-distributed: setup ## every sync method, a worker killed in the middle: notebook 3 executed (about 4 minutes)
+	@$(python) benchmarks/show_distributed.py $(ARGS)
 
 test-bfcl: setup ## 20,000 seeded mutations against bfcl-eval in an environment of its own (build/bfcl)
 	@test -x build/bfcl/bin/python || $(python) -m venv build/bfcl

@@ -3,12 +3,14 @@
 One process holds the actor's model (random weights of a Qwen2) and a rollout worker's engine (the real vLLM), with the
 same settings for all methods, and every repeat does each of them once, after a step of training:
 
-    publish (merge, write, hash) -> the actor's canaries -> check, load, empty the cache -> the worker's canaries ->
-    compare -> the first new token
+    publish (merge, write, hash) -> check, load, empty the cache; the actor's canaries meanwhile -> the worker's
+    canaries -> compare -> the first new token
 
 re-creation = the same folder as reload's, loaded by making the engine anew in this warm process; volume and checkpoint
-publish in their own way (on the disk before they count). fresh process = a worker started anew on the folder, from its
-start to its first token. Adapter rows: LoRA of rank 16 on all linear layers; an engine that serves adapters.
+publish in their own way (on the disk before they count). in turn = reload where the worker loads only after the actor's
+canaries. fresh process = a worker started anew on the folder, from its start to its first token. Adapter rows: LoRA of
+rank 16 on all linear layers; an engine that serves adapters. `--folder /dev/shm` hands the weights over in memory; a
+file that was just written is read from the kernel's memory in any case.
 
 `others` = cores that other processes used meanwhile; above 0.3 the times say little, ratios are of medians in one run.
 
@@ -40,7 +42,7 @@ from machine import Others, shown
 
 from lib.roles import Canary, Method, Release, Sampling
 from lib.rollout_worker import EngineSettings, RemoteWorker, RolloutWorker, command, environment
-from lib.rpc import start
+from lib.rpc import Child, start
 from lib.sync import canary_of, compare, make_canaries, publish
 
 SIZES = {"tiny": (64, 128, 2, 2), "50M": (512, 2048, 12, 8), "200M": (1024, 4096, 12, 16)}
@@ -57,11 +59,13 @@ class Way(NamedTuple):
     name: str
     publish: Method
     load: Method
+    meanwhile: bool = True
+    """Whether the actor answers its canaries while the worker loads."""
 
 
 RELOAD, RECREATION = Way("reload", "reload", "reload"), Way("re-creation", "reload", "volume")
-LORA = Way("lora", "lora", "lora")
-WAYS = [RELOAD, RECREATION, Way("volume", "volume", "volume"), Way("checkpoint", "checkpoint", "checkpoint")]
+LORA, IN_TURN = Way("lora", "lora", "lora"), Way("in turn", "reload", "reload", meanwhile=False)
+WAYS = [RELOAD, IN_TURN, RECREATION, Way("volume", "volume", "volume"), Way("checkpoint", "checkpoint", "checkpoint")]
 
 
 class Bench:
@@ -86,9 +90,11 @@ class Bench:
         marks = [time.perf_counter()]
         release = self._publish(way)
         marks.append(time.perf_counter())
-        now = canary_of(self.model, self.version, self.canaries)
-        marks.append(time.perf_counter())
+        said = asyncio.create_task(asyncio.to_thread(canary_of, self.model, self.version, self.canaries))
+        if not way.meanwhile:
+            await said
         await self.worker.update_weights(release._asdict())
+        now = await said
         marks.append(time.perf_counter())
         proof = compare(now, await self.worker.canary(self.canaries), before=self.before)
         marks.append(time.perf_counter())
@@ -98,7 +104,7 @@ class Bench:
             sys.exit(f"{way.name}: the proof failed: {proof}")
         self.before, self.worst = now, max(self.worst, proof.worst)
         parts = [after - before for before, after in itertools.pairwise(marks)]
-        names = ("publish", "actor's canaries", "load", "proof", "first token")
+        names = ("publish", "load and canaries", "proof", "first token")
         return dict(zip(names, parts, strict=True)) | {"all": marks[-1] - marks[0]}
 
     def _publish(self, way: Way) -> Release:
@@ -112,8 +118,9 @@ class Bench:
         folder = max((self.folder / "weights").glob("v-*"), key=lambda path: int(path.name[2:]))
         settings = self.settings.model_copy(update={"model": str(folder)})
         began = time.perf_counter()
-        client = start(command(settings), "fresh", self.folder / "fresh.log", environment(threads))
-        await client.ready()
+        values = environment() | {"OMP_NUM_THREADS": str(threads)}
+        child = Child(name="fresh", command=command(settings), environment=values, log=self.folder / "fresh.log")
+        client = await start(child)
         worker = RemoteWorker(client)
         await worker.generate(PROMPTS[:1], Sampling(1))
         seconds = time.perf_counter() - began
@@ -174,7 +181,7 @@ async def rounds(benches: dict[Way, Bench], repeats: int) -> dict[str, Any]:
     ways = list(benches)
     seen: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     for way in ways:  # pages, plans and versions that later rounds find there
-        for _ in range(3 if way in (RELOAD, LORA) else 1):
+        for _ in range(3 if way.load in ("reload", "lora") else 1):
             await benches[way].sync(way)
     others = Others()
     for number in range(repeats):
@@ -195,7 +202,8 @@ def report(result: dict[str, Any]) -> bool:
     ways = result["ways"]
     ratio = ways["re-creation"]["all"] / ways["reload"]["all"]
     print(f"  fresh process to its first token {result['fresh process']:.2f} s (no sync, no proof)")
-    print(f"  re-creation / reload {ratio:.1f}   bar {BAR:g}, aim {AIM:g}")
+    print(f"  re-creation / reload {ratio:.1f}   bar {BAR:g}, aim {AIM:g}; in turn / reload "
+          f"{ways['in turn']['all'] / ways['reload']['all']:.2f}")  # fmt: skip
     adapter = result["adapter"]
     print(f"  with an adapter (others {shown(adapter['others'])}, worst {adapter['worst']:.1e})")
     table(adapter["ways"])

@@ -8,21 +8,22 @@ Owns what each check does and prints. Must not know where the roles run.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from lib import WorkbenchError
-from lib.backends.distributed import open_chat
+from lib.backends.distributed import open_chat, open_hosts
 from lib.config import Config, load_config
 from lib.orchestrator import Hosts, sampling_of
 from lib.places import locate
 from lib.preflight import known_answers
 from lib.prepare import prepare
-from lib.processes import Processes
-from lib.roles import ActorError, Method, WorkerError
+from lib.roles import ActorError, ActorRole, ActorState, Method, RefusedError, Worker, WorkerError
 from lib.rollout import finish
 from lib.runfolder import Run, default_name, open_run, read_run
 from lib.sync import compare
@@ -68,7 +69,7 @@ def check(part: str, config_path: str, overrides: Mapping[str, Any], run_name: s
 
 
 async def _with_hosts(config: Config, run: Run, work: Callable[[Config, Run, Hosts], Coroutine[Any, Any, int]]) -> int:
-    hosts = Processes(config, run)
+    hosts = open_hosts(config, run)
     try:
         return await work(config, run, hosts)
     finally:
@@ -88,16 +89,15 @@ def _reward(task: Task, run: Run) -> int:
 
 async def _rollout(config: Config, run: Run, hosts: Hosts) -> int:
     """One worker's answers of the base policy to a few prompts."""
-    actor = await hosts.start_actor()
-    state = await actor.initialize()
-    worker = await hosts.start_worker("worker-0", state.model)
-    release, _ = await actor.publish(1, config.distributed.sync_method)
-    await worker.update_weights(release)
+    actor, worker, state = await _started(config, hosts)
+    async with _in_time(config, "sync_deadline", "the first weights"):
+        await worker.update_weights(await actor.publish(1, config.distributed.sync_method))
     chat = open_chat(config, state)
     sampling = sampling_of(config, chat)
     for row in run.read_rows("train")[:_ROWS]:
         prompt = chat.prompt_ids(row["prompt"], row.get("tools"))
-        (turn,) = await worker.generate([prompt], sampling)
+        async with _in_time(config, "turn_deadline", f"an answer to {row['id']}"):
+            (turn,) = await worker.generate([prompt], sampling)
         text = chat.turn(prompt, turn.output_ids, turn.logprobs).message.get("content")
         mean = sum(turn.logprobs) / len(turn.logprobs)
         _say(f"{row['id']}: {len(turn.output_ids)} tokens, {turn.stop}, mean log-probability {mean:.3f}: {text!r}")
@@ -106,23 +106,50 @@ async def _rollout(config: Config, run: Run, hosts: Hosts) -> int:
 
 async def _sync(config: Config, run: Run, hosts: Hosts) -> int:
     """The weights by every method of this config, loaded by one worker, with the proof of each."""
-    actor = await hosts.start_actor()
-    state = await actor.initialize()
-    worker = await hosts.start_worker("worker-0", state.model)
+    actor, worker, _ = await _started(config, hosts)
     methods: list[Method] = ["reload", "volume", "checkpoint"]
     if config.lora.enabled and config.distributed.sync_method == "lora":
         methods.insert(0, "lora")
     failed = []
     for version, method in enumerate(methods, 1):
-        release, canary = await actor.publish(version, method)
-        seconds = await worker.update_weights(release)
-        proof = compare(canary, await worker.canary(canary.prompts), config.distributed.tolerance, None, hosts.dtype)
+        async with _in_time(config, "sync_deadline", f"a sync by {method}"):
+            release = await actor.publish(version, method)
+            try:
+                canary, seconds = await asyncio.gather(actor.canary(version), worker.update_weights(release))
+            except RefusedError as error:
+                _say(f"{method:<11} REFUSED: {error}")
+                failed.append(method)
+                continue
+            answered = await worker.canary(canary.prompts)
+        proof = compare(canary, answered, config.distributed.tolerance, None, hosts.dtype)
         told = "proven" if proof.holds else "NOT PROVEN"
         _say(f"{method:<11} {seconds:7.3f} s  {told}: worst {proof.worst:.1e} {proof.why}".rstrip())
         failed += [] if proof.holds else [method]
     if failed:
         raise CheckError(f"a worker could not prove its weights by {', '.join(failed)}")
     return 0
+
+
+async def _started(config: Config, hosts: Hosts) -> tuple[ActorRole, Worker, ActorState]:
+    async with _in_time(config, "start_deadline", "the actor"):
+        actor = await hosts.start_actor()
+        state = await actor.initialize()
+    async with _in_time(config, "start_deadline", "a worker"):
+        return actor, await hosts.start_worker("worker-0", state.model), state
+
+
+@asynccontextmanager
+async def _in_time(config: Config, knob: str, what: str) -> AsyncIterator[None]:
+    """Raises CheckError where `what` takes longer than distributed.`knob`."""
+    seconds: float = getattr(config.distributed, knob)
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise CheckError(f"waited for {what} longer than distributed.{knob} {seconds:g} s") from None
 
 
 def _checkpoints(config: Config, name: str) -> int:

@@ -124,9 +124,21 @@ def _quote() -> argparse.ArgumentParser:
     return parser
 
 
+def _check() -> argparse.ArgumentParser:
+    from lib.check import PARTS
+
+    text = "Try one part of a distributed training there: a worker's answers, the reward, a weight sync with its proof."
+    parser = _parser("check", text)
+    parser.add_argument("part", choices=PARTS)
+    _with_config(parser)
+    _with_container(parser)
+    return parser
+
+
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "run": _run,
     "sweep": _sweep,
+    "check": _check,
     "upload": _upload,
     "fetch": _fetch,
     "quote": _quote,

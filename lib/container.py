@@ -97,6 +97,14 @@ class Job(BaseModel):
     """Commit and diff of the checkout that sent the job."""
     files: dict[str, FileFact]
     """Files on the data volume that the config names."""
+    roles: str = ""
+    """The app of the classes that a distributed training runs in; "" = none."""
+    part: str = ""
+    """What to check instead of running the notebook: `rollout`, `sync`, ..."""
+
+    def command(self) -> list[str]:
+        """What `python -m lib.run` is asked for; -p and its values follow."""
+        return ["check", self.part, "--config", self.config] if self.part else [self.notebook, self.config]
 
 
 def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +255,7 @@ class _Attempt:
     # the process ------------------------------------------------------------------------------------------------------
     def _start(self) -> subprocess.Popen[str]:
         where = [f"paths.outputs={OUTPUTS}", f"paths.cache={CACHE}", "where=here"]
-        command = [sys.executable, "-m", "lib.run", self.job.notebook, self.job.config]
+        command = [sys.executable, "-m", "lib.run", *self.job.command()]
         for parameter in (*self.job.parameters, *where):
             command += ["-p", parameter]
         process = subprocess.Popen(
@@ -273,6 +281,7 @@ class _Attempt:
             provenance.CODE: str(code),
             places.LEDGER: str(self.ledger),
             ATTEMPT: self.name,
+            places.ROLES: self.job.roles,
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -400,7 +409,7 @@ def foreign_variables() -> set[str]:
     ours = re.compile(
         r"(MODAL|WORKBENCH|PYTHON|NVIDIA|NV|CUDA|LD|LC|UV|PIP|HF|VLLM|TORCH|TORCHINDUCTOR|TRITON|FLASHINFER|SSL)_\w+"
         r"|NV\w+|PATH|HOME|LANG|PWD|OLDPWD|SHLVL|TERM|HOSTNAME|USER|TZ|TMPDIR|LIBRARY_PATH|DEBIAN_FRONTEND|_"
-        r"|PYTHON\w+|GOMP_\w+|TRL_\w+|TOKENIZERS_\w+|DO_NOT_TRACK|LOCAL_KERNELS"
+        r"|EXPERIMENTER|EXPERIMENT_NAME|PYTHON\w+|GOMP_\w+|TRL_\w+|TOKENIZERS_\w+|DO_NOT_TRACK|LOCAL_KERNELS"
     )
     return {name for name in os.environ if not ours.fullmatch(name)}
 

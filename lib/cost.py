@@ -42,6 +42,9 @@ ROLES = ("cold start", "gpu", "cpu", "here", "idle", *SERVICES)
 ATTEMPT = "WORKBENCH_ATTEMPT"
 """Environment variable of a process whose attempt is metered by another one: the attempt's name."""
 
+BESIDE = "role-"
+"""How attempts begin that are paid beside the one that they work for: the containers of a distributed training."""
+
 RUNNING = 60.0
 """Seconds: an attempt that was seen this lately is taken to be running still."""
 
@@ -138,10 +141,19 @@ class Resources(_Frozen):
     memory_gb: Amount = 0.0
     """GiB."""
     where: Literal["here", "modal"]
+    beside: tuple[Resources, ...] = ()
+    """Others that run as long: the roles of a distributed training."""
 
 
 def rates(resources: Resources, prices: Prices) -> dict[str, float]:
     """USD per hour by role: `gpu` and `cpu` (with memory), or `here`. Raises CostError, GpuError."""
+    if resources.beside:
+        alone = [resources.model_copy(update={"beside": ()}), *resources.beside]
+        summed: dict[str, float] = defaultdict(float)
+        for one in alone:
+            for role, rate in rates(one, prices).items():
+                summed[role] += rate
+        return dict(summed)
     if resources.where == "here":
         return {"here": prices.here}
     cpu = {"cpu": resources.cpu * prices.cpu + resources.memory_gb * prices.memory}

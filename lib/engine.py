@@ -1,7 +1,7 @@
-"""vLLM as a server process: its command line, its environment, and what its failures mean.
+"""vLLM as a server process: its command line, its environment, and what its failures mean wherever it runs.
 
-Owns every flag and variable that vLLM is started with, and which of its parsers fits a model's tool calls. Read with
-vLLM 0.31. Must not know runs, tasks or who asks.
+Owns the server's flags, the variables that vLLM is started with, and which of its parsers fits a model's tool calls.
+Read with vLLM 0.31. Must not know runs, tasks or who asks.
 
     python -c "from lib.engine import tool_parser; from lib.config.training import VllmSection as V; \
                print(tool_parser(V(), 'Salesforce/xLAM-2-3b-fc-r', ''))"
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from lib import WorkbenchError, models
 from lib.config import Config
 from lib.config.training import VllmSection
-from lib.hosts import LOOPBACK, Program
+from lib.hosts import LOOPBACK, Server
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     (r"No space left on device", "free some disk space, and run the same command again"),
     (
-        r"engine core exited unexpectedly|EngineDeadError",
+        r"engine core exited unexpectedly|EngineDeadError|was ended by SIGKILL",
         "nothing, where somebody ended the engine's process; where the kernel did, for want of memory (`dmesg` says "
         "so), lower sampling.vllm.memory_share and sampling.vllm.max_length",
     ),
@@ -113,13 +113,13 @@ class Served(NamedTuple):
         return self.adapter_name or self.name
 
 
-def program(config: Config, served: Served, logs: Path, port: int = 0, deadline: float = 900.0) -> Program:
+def program(config: Config, served: Served, logs: Path, port: int = 0, deadline: float = 900.0) -> Server:
     """vLLM's OpenAI-compatible server, for lib/hosts.py to start: it waits `deadline` seconds. Raises EngineError."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed here (it is built for Linux): `make setup` brings it there")
     tokenizer = models.load_tokenizer(served.source, config.model)  # refuses here what would fail after a minute
     command = [*vllm_arguments(config, served), *call_arguments(config, served, str(tokenizer.chat_template))]
-    return Program(
+    return Server(
         name="vLLM",
         command=lambda free: [*command, "--port", str(free)],
         log=logs / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', served.name)}-{os.getpid()}.log",

@@ -7,6 +7,7 @@ Owns names and secrets. Must not know notebooks or runs. A secret's value is han
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -57,6 +58,11 @@ class Experiment(NamedTuple):
     def sweep_app(self, mark: str) -> str:
         """The app of a detached sweep: no experiment's own app can be called so."""
         return f"{PROJECT}.sweep-{mark}-{self.experimenter}-{self.name}"
+
+    def roles_app(self, run: str) -> str:
+        """The app of a distributed run's actor and workers."""
+        mark = hashlib.sha256(run.encode()).hexdigest()[:6]
+        return f"{PROJECT}.roles-{mark}-{self.experimenter}-{self.name}"
 
     @property
     def volumes(self) -> dict[str, str]:

@@ -12,7 +12,8 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,21 @@ from lib.cost import Resources, load_prices
 from lib.experiment import Experiment
 from lib.places import locate
 from lib.quote import Quote, make_quote, read_trace
-from lib.remote import Plan, RemoteError, entries, gone, make_plan, named, read, refuse_foreign, runs, say, uploads
+from lib.remote import (
+    TRAINS,
+    Plan,
+    RemoteError,
+    entries,
+    gone,
+    make_plan,
+    named,
+    read,
+    refuse_foreign,
+    role_resources,
+    runs,
+    say,
+    uploads,
+)
 from lib.remote import fetch as fetch_run
 from lib.remote import upload as upload_files
 from lib.run import UsageError, check
@@ -34,6 +49,25 @@ INTERRUPTIONS_PER_DAY = 1.0
 """Assumed for a quote: Modal says that every GPU container may be preempted, and gives no rate."""
 
 MOST_RUNS = 64
+
+
+@contextmanager
+def deployed(app: Any, detached: bool) -> Iterator[None]:
+    """The roles' classes are there meanwhile: containers find each other only in deployed apps.
+
+    A detached run may outlive this process, and then keeps them: without containers they cost nothing.
+    """
+    if app is None:
+        yield
+        return
+    app.deploy(strategy="recreate")  # what an earlier attempt left running writes the same run
+    try:
+        yield
+    except BaseException:
+        if not detached:
+            app.stop()
+        raise
+    app.stop()
 
 
 # one job --------------------------------------------------------------------------------------------------------------
@@ -181,6 +215,12 @@ def fetch(experiment: Experiment, name: str, to: str) -> int:
 
 
 # quotes ---------------------------------------------------------------------------------------------------------------
+def make_check(experiment: Experiment, part: str, config: str, texts: Sequence[str]) -> Plan:
+    """One part of a distributed training, tried in a run of its own (`NAME.check`)."""
+    plan = make_plan(experiment, TRAINS, config, texts)
+    return plan._replace(job=plan.job.model_copy(update={"part": part, "run": f"{plan.job.run}.check"}))
+
+
 def make_probe(experiment: Experiment, config: str, texts: Sequence[str], steps: int) -> Plan:
     """A short training in a run of its own, to measure by."""
     order = check("3_grpo_training", config, texts)
@@ -199,8 +239,12 @@ def quote(experiment: Experiment, config_path: str, texts: Sequence[str], run_na
         trace = read_trace(folder)
         steps = _steps(config, folder)
         wanted = config.modal
+        beside = (
+            role_resources(config) if config.backend == "distributed" and config.distributed.hosts != "local" else []
+        )
         resources = [
-            Resources(gpu=gpu, cpu=wanted.cpu, memory_gb=wanted.memory, where="modal") for gpu in wanted.gpus or (None,)
+            Resources(gpu=gpu, cpu=wanted.cpu, memory_gb=wanted.memory, where="modal", beside=tuple(beside))
+            for gpu in (() if beside else wanted.gpus) or (None,)
         ]
         prices = load_prices(locate(config.cost.prices))
         result = make_quote(trace, steps, resources, prices, interruptions_per_day=INTERRUPTIONS_PER_DAY)

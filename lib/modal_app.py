@@ -19,7 +19,8 @@ import modal
 from lib import PROJECT_ROOT, WorkbenchError, container, launch, remote
 from lib.command import Command, read_command, settings
 from lib.experiment import PROJECT, Experiment, read_experiment
-from lib.run import check
+from lib.gpu import NONE
+from lib.run import check as check_order
 from lib.schedule import define_schedule
 
 ROOT = "/root"
@@ -29,6 +30,13 @@ CUDA = "nvidia/cuda:13.0.3-devel-ubuntu22.04"
 """vLLM's own base: torch brings the CUDA libraries, but kernels that are compiled at run time need nvcc."""
 
 PYTHON = "3.12"
+
+_LONGEST_CALL = 24 * 3600
+"""Seconds: Modal's limit of one call."""
+
+_BESIDE = 8
+"""Calls to a role's container beside its work: to watch it, to sync, to end it."""
+
 CACHES = {
     "HF_HOME": "/cache/huggingface",
     "VLLM_CACHE_ROOT": "/cache/vllm",
@@ -63,7 +71,7 @@ def small_image(experiment: Experiment) -> modal.Image:
 def define(app: modal.App, experiment: Experiment, body: Callable[..., Any], plan: remote.Plan, **more: Any) -> Any:
     """A function of the app that runs a plan's jobs, with what its config asks for."""
     wanted = plan.config.modal
-    gpus = list(wanted.gpus)
+    gpus = list(plan.job.gpus)
     return app.function(
         image=gpu_image(experiment, wanted.packages, plan.shipped),
         gpu=gpus if len(gpus) > 1 else gpus[0] if gpus else None,
@@ -77,6 +85,43 @@ def define(app: modal.App, experiment: Experiment, body: Callable[..., Any], pla
         include_source=False,
         **more,
     )(body)
+
+
+def define_roles(experiment: Experiment, plan: remote.Plan) -> modal.App:
+    """The app of a plan's actor and rollout workers: classes whose parameters address one container each.
+
+    It is deployed: what asks them runs in another container, or outlives this process.
+    """
+    from lib import modal_roles
+
+    settings, wanted = plan.config.distributed, plan.config.modal.roles
+    app = modal.App(experiment.roles_app(plan.job.run), include_source=False)
+    image = gpu_image(experiment, plan.config.modal.packages, plan.shipped)
+    longest = max(settings.start_deadline, settings.sync_deadline, settings.turn_deadline)
+    turns = max(settings.in_flight, plan.config.training.group_size)
+    for role, gpu, seconds, inputs, secrets in (
+        (
+            modal_roles.Actor,
+            wanted.actor_gpu,
+            max(longest, settings.step_deadline),
+            1,
+            ("huggingface-secret", "wandb-secret"),
+        ),
+        (modal_roles.RolloutWorker, wanted.worker_gpu, longest, turns, ("huggingface-secret",)),
+    ):
+        app.cls(
+            image=image,
+            gpu=None if gpu == NONE else gpu,
+            cpu=wanted.cpu,
+            memory=round(wanted.memory * 1024),
+            timeout=min(_LONGEST_CALL, round(seconds) + 60),
+            max_containers=1,
+            scaledown_window=wanted.idle_seconds,
+            volumes={mount: remote.volume(experiment, mount) for mount in experiment.volumes},
+            secrets=remote.role_secrets(plan, *secrets),
+            include_source=False,
+        )(modal.concurrent(max_inputs=inputs + _BESIDE)(role))
+    return app
 
 
 def _with_code(image: modal.Image, shipped: Mapping[str, Path]) -> modal.Image:
@@ -93,7 +138,8 @@ def _ignored(path: Path) -> bool:
 
 
 def _volume_names(experiment: Experiment) -> dict[str, str]:
-    return {f"WORKBENCH_VOLUME_{mount[1:].upper()}": name for mount, name in experiment.volumes.items()}
+    whose = {"EXPERIMENTER": experiment.experimenter, "EXPERIMENT_NAME": experiment.name}
+    return whose | {f"WORKBENCH_VOLUME_{mount[1:].upper()}": name for mount, name in experiment.volumes.items()}
 
 
 def _locked(package: str) -> str:
@@ -111,6 +157,8 @@ class Defined(NamedTuple):
     """The app that holds the function: the same one, but for a detached sweep, which is deployed."""
     function: Any = None
     jobs: tuple[container.Job, ...] = ()
+    roles: modal.App | None = None
+    """The app of a distributed training's roles."""
 
 
 def define_for(command: Command | None) -> Defined:
@@ -136,10 +184,13 @@ def define_for(command: Command | None) -> Defined:
         elif command.entry == "quote" and options.probe:
             plan = launch.make_probe(experiment, options.config, settings(options), options.probe)
             return _with_jobs(app, app, experiment, plan, [plan.job])
+        elif command.entry == "check":
+            plan = launch.make_check(experiment, options.part, options.config, settings(options))
+            return _with_jobs(app, app, experiment, plan, [plan.job])
         else:
             remote.volume(experiment, "/outputs").hydrate()  # is Modal there, and does it know us?
         if command.entry == "upload":
-            check("1_data_prep", options.config, options.parameters)
+            check_order("1_data_prep", options.config, options.parameters)
             return Defined(app, experiment, app, _verifier(app, experiment))
     return Defined(app, experiment)
 
@@ -147,8 +198,12 @@ def define_for(command: Command | None) -> Defined:
 def _with_jobs(
     app: modal.App, home: modal.App, experiment: Experiment, plan: remote.Plan, jobs: Sequence[container.Job]
 ) -> Defined:
+    roles = define_roles(experiment, plan) if remote.needs_roles(plan) else None
+    if roles:
+        plan = remote.with_roles(plan, str(roles.name))
+        jobs = [remote.with_roles(plan._replace(job=job), str(roles.name)).job for job in jobs]
     function = define(home, experiment, container.run_notebook, plan, name="notebook")
-    return Defined(app, experiment, home, function, tuple(jobs))
+    return Defined(app, experiment, home, function, tuple(jobs), roles)
 
 
 def _verifier(app: modal.App, experiment: Experiment) -> Any:
@@ -196,7 +251,19 @@ def _entry(body: Callable[[Experiment, argparse.Namespace], int]) -> Callable[..
 @_entry
 def run(experiment: Experiment, options: argparse.Namespace) -> int:
     """Run a notebook in a container: --notebook, --config, --gpu, -p ...; --help lists all."""
-    return launch.run(DEFINED.function, DEFINED.jobs[0])
+    return _run_first()
+
+
+def _run_first() -> int:
+    assert COMMAND
+    with launch.deployed(DEFINED.roles, COMMAND.detach):
+        return launch.run(DEFINED.function, DEFINED.jobs[0])
+
+
+@_entry
+def check(experiment: Experiment, options: argparse.Namespace) -> int:
+    """Try one part of a distributed training there: rollout, reward, sync or checkpoints, --config, -p ..."""
+    return _run_first()
 
 
 @_entry
@@ -205,8 +272,11 @@ def sweep(experiment: Experiment, options: argparse.Namespace) -> int:
     assert DEFINED.home and COMMAND
     if COMMAND.detach:
         DEFINED.home.deploy()
+        if DEFINED.roles:
+            DEFINED.roles.deploy()
         return launch.leave_sweep(DEFINED.function, DEFINED.jobs, DEFINED.home.name or "")
-    return launch.sweep(DEFINED.function, DEFINED.jobs)
+    with launch.deployed(DEFINED.roles, COMMAND.detach):
+        return launch.sweep(DEFINED.function, DEFINED.jobs)
 
 
 @_entry
@@ -232,7 +302,7 @@ def checkpoints(experiment: Experiment, options: argparse.Namespace) -> int:
 def quote(experiment: Experiment, options: argparse.Namespace) -> int:
     """Dollars and hours before launch: --config, --gpu, -p ..., --run or --probe."""
     if DEFINED.jobs:
-        status = launch.run(DEFINED.function, DEFINED.jobs[0])
+        status = _run_first()
         if status:
             return status
         options.run = DEFINED.jobs[0].run

@@ -25,6 +25,9 @@ RUN = "WORKBENCH_RUN"
 LEDGER = "WORKBENCH_LEDGER"
 """Environment variable of a container: the ledger file on its own disk, instead of the run's own."""
 
+ROLES = "WORKBENCH_ROLES"
+"""Environment variable of a container: the Modal app that holds the classes of its distributed roles."""
+
 OUTSIDE = "outside"
 
 

@@ -17,16 +17,20 @@ from contextlib import suppress
 from lib.actor import RemoteActor
 from lib.actor import command as actor_command
 from lib.config import Config
+from lib.engine import ADVICE
+from lib.program import Advice, ProgramError
 from lib.roles import ActorError, ActorRole, Worker, WorkerError
 from lib.rollout_worker import EngineSettings, RemoteWorker, environment
 from lib.rollout_worker import command as worker_command
 from lib.rollout_worker.settings import DType
-from lib.rpc import Client, RpcError, start
+from lib.rpc import Child, Client, RpcError, start
 from lib.runfolder import Run
 
 logger = logging.getLogger(__name__)
 
 ACTOR = "actor"
+_HEADROOM = 0.95
+"""Of distributed.start_deadline: the rest is for saying why, before the orchestrator gives it up without a word."""
 
 
 class Processes:
@@ -44,26 +48,23 @@ class Processes:
     def dtype(self) -> DType:
         return self._dtype
 
+    @property
+    def preempted(self) -> bool:
+        return False  # what ends a process here may end the next one too
+
     async def start_actor(self) -> ActorRole:
-        client = self._start(ACTOR, actor_command(self._run.folder), self._environment(ACTOR))
         try:
-            await client.ready()
-        except RpcError as error:
-            await client.close()
+            client = await self._start(ACTOR, actor_command(self._run.folder))
+        except ProgramError as error:
             raise ActorError(str(error)) from error
         return RemoteActor(client, self._config)
 
     async def start_worker(self, name: str, model: str) -> Worker:
         settings = EngineSettings.of(self._config, self._run.name, model, self._dtype)
-        client = self._start(name, worker_command(settings), {**environment(self._threads), **self._environment(name)})
         try:
-            await client.ready()
-        except RpcError as error:
-            await client.close()
+            client = await self._start(name, worker_command(settings), environment(), ADVICE)
+        except ProgramError as error:
             raise WorkerError(str(error)) from error
-        except BaseException:  # given up by the caller: nothing of it stays
-            await client.close()
-            raise
         return RemoteWorker(client)
 
     async def close(self) -> None:
@@ -71,11 +72,22 @@ class Processes:
             with suppress(RpcError):
                 await client.close()
 
-    def _start(self, name: str, command: Sequence[str], more: Mapping[str, str]) -> Client:
-        client = start(command, name, self._run.path("roles", f"{name}.log"), more)
-        self._clients[name] = client
-        logger.info("%s: process %d%s", name, client.pid, f", GPU {self._places[name]}" if self._places else "")
-        return client
+    async def _start(
+        self, name: str, command: Sequence[str], more: Mapping[str, str] | None = None, advice: Advice = ()
+    ) -> Client:
+        if self._places:
+            logger.info("%s: starting on GPU %s", name, self._places[name])
+        child = Child(
+            name=name,
+            command=command,
+            log=self._run.path("roles", f"{name}.log"),
+            environment={**(more or {}), **self._environment(name)},
+            deadline=_HEADROOM * self._config.distributed.start_deadline,
+            deadline_setting="distributed.start_deadline",
+            advice=advice,
+        )
+        self._clients[name] = await start(child)
+        return self._clients[name]
 
     def _environment(self, name: str) -> dict[str, str]:
         """Beside this process's own: its GPU, or its share of the cores."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from pydantic import BaseModel, ConfigDict
 
-from lib.cost import ROLES, SERVICES, CostError, Prices, Resources, Usage, rates, read_attempts
+from lib.cost import BESIDE, ROLES, SERVICES, CostError, Prices, Resources, Usage, rates, read_attempts
 
 DRIFT = 0.3
 """Standard deviation of the log of (seconds of the last step / of the first), before anything is measured."""
@@ -117,6 +117,7 @@ def read_trace(folder: str | Path) -> Trace:
     """What a run folder measured; an empty trace where there are no steps. Damaged lines and files are passed over."""
     folder = Path(folder)
     attempts, _ = read_attempts(folder)
+    attempts = [attempt for attempt in attempts if not attempt.attempt.startswith(BESIDE)]
     records = _read_records(folder / "metrics.jsonl")
     config = None
     with suppress(OSError, ValueError):

@@ -22,8 +22,9 @@ from pydantic import BaseModel
 from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import Config
 from lib.container import CLAIMS, MANIFEST, FileFact, Job, busy, live_writer, parse_manifest
-from lib.cost import Resources, load_prices, rates
+from lib.cost import Prices, Resources, load_prices, rates
 from lib.experiment import Experiment, ExperimentError, find_secrets, refuse_secrets
+from lib.gpu import NONE
 from lib.ledger import NAME as LEDGER
 from lib.ledger import Ledger
 from lib.places import locate, travel_name
@@ -114,6 +115,34 @@ def named(job: Job, run: str) -> Job:
     """The job, in the run of this name."""
     others = [text for text in job.parameters if not text.startswith("run_name=")]
     return job.model_copy(update={"run": run, "parameters": (*others, f"run_name={run}")})
+
+
+TRAINS = "3_grpo_training"
+"""The notebook that trains, and does nothing else that takes a GPU."""
+
+WITHOUT_ROLES = ("1_data_prep", "2_reward_inspection", "4_adapter_evaluation")
+
+
+def with_roles(plan: Plan, app: str) -> Plan:
+    """A plan whose training asks the classes of this app; its own container has no GPU where it only asks them."""
+    job = plan.job.model_copy(update={"roles": app})
+    if job.part or PurePosixPath(job.notebook).stem == TRAINS:
+        job = job.model_copy(update={"gpus": ()})
+    return plan._replace(job=job)
+
+
+def needs_roles(plan: Plan) -> bool:
+    """Whether a plan's training has its roles in containers of their own."""
+    if plan.config.backend != "distributed" or plan.config.distributed.hosts == "local":
+        return False
+    return plan.job.part in ("rollout", "sync") or (
+        not plan.job.part and PurePosixPath(plan.job.notebook).stem not in WITHOUT_ROLES
+    )
+
+
+def role_secrets(plan: Plan, *names: str) -> list[modal.Secret]:
+    """Of a plan's secrets, those of these names: the roles see no judge's key."""
+    return [secret for name, secret in plan.secrets.items() if name in names]
 
 
 def _named_files(
@@ -237,8 +266,24 @@ def _refuse_too_much(shipped: Mapping[str, Path]) -> None:
 def _check_prices(config: Config) -> None:
     """A price for every GPU that the run may get: the meter in the container needs it."""
     prices = load_prices(locate(config.cost.prices))
+    if config.backend == "distributed":
+        role_resources(config, prices)
     for gpu in config.modal.gpus or (None,):
         rates(Resources(gpu=gpu, cpu=config.modal.cpu, memory_gb=config.modal.memory, where="modal"), prices)
+
+
+def role_resources(config: Config, prices: Prices | None = None) -> list[Resources]:
+    """What the actor and every worker take on Modal. Raises CostError where `prices` lack one of their GPUs."""
+    roles = config.modal.roles
+    gpus = [roles.actor_gpu, *[roles.worker_gpu] * config.distributed.workers]
+    found = [
+        Resources(gpu=None if gpu == NONE else gpu, cpu=roles.cpu, memory_gb=roles.memory, where="modal")
+        for gpu in gpus
+    ]
+    if prices:
+        for one in found[:2]:
+            rates(one, prices)
+    return found
 
 
 def _refuse_busy(experiment: Experiment, run: str) -> None:

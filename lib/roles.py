@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from lib import WorkbenchError
+
 Method = Literal["lora", "reload", "volume", "checkpoint"]
 """How weights reach a worker: an adapter swapped; weights loaded in place; the engine made anew from a folder of
 weights; the same from a whole saved model."""
@@ -76,10 +78,27 @@ class Proof(NamedTuple):
     why: str = ""
 
 
+class Facts(NamedTuple):
+    """What a worker's engine came to be, whatever was asked for."""
+
+    version: int
+    """Of the weights that it serves; 0 = the base policy."""
+    max_length: int
+    """Tokens of a prompt and its answer together."""
+    block_size: int
+    """Tokens of a block of its cache of keys and values."""
+    dtype: str
+    """Of the weights as it serves them: float32, bfloat16 or float16."""
+    gpu: bool
+
+
 class Worker(Protocol):
     """A rollout worker, addressed by itself. Every call raises WorkerError where the worker cannot answer it."""
 
     name: str
+
+    async def facts(self) -> Facts:
+        """What its engine came to be."""
 
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sampled]:
         """One turn for every prompt (token ids); calls run side by side in one engine."""
@@ -126,8 +145,14 @@ class ActorRole(Protocol):
     async def train_step(self, batch: dict[str, Any]) -> StepReport:
         """One generation batch (lib.trainer.Batch as a dict) through all of its optimizer steps."""
 
-    async def publish(self, version: int, method: Method) -> tuple[Release, Canary]:
-        """Write the current weights as a version, and say what its canaries should be."""
+    async def publish(self, version: int, method: Method) -> Release:
+        """Write the current weights as a version."""
+
+    async def canary(self, version: int) -> Canary:
+        """What the current weights, which were published as this version, say about the canaries.
+
+        Apart from `publish`, so that workers load meanwhile. Raises ActorError where it has trained since.
+        """
 
     async def save_checkpoint(self, logs: dict[str, int] | None = None) -> str:
         """A complete checkpoint of the current step, consumed batches included; its folder.
@@ -141,7 +166,7 @@ class ActorRole(Protocol):
     async def close(self) -> None: ...
 
 
-class WorkerError(RuntimeError):
+class WorkerError(WorkbenchError, RuntimeError):
     """This worker did not answer; another one may."""
 
 
@@ -149,5 +174,5 @@ class RefusedError(WorkerError):
     """This worker did not take new weights, and can still be asked: it may take them by another method."""
 
 
-class ActorError(RuntimeError):
+class ActorError(WorkbenchError, RuntimeError):
     """Training cannot go on in this process; the message says why."""

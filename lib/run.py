@@ -99,7 +99,7 @@ def _check_part(arguments: Sequence[str]) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from lib.hosts import HostError
+    from lib.program import ProgramError
     from lib.serving import parser, serve
 
     options = parser().parse_args(arguments)
@@ -107,7 +107,7 @@ def _serve(arguments: Sequence[str]) -> int:
         return serve(options, _split(parse_parameters(options.parameters), {}, options.config)["overrides"])
     except WorkbenchError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1 if isinstance(error, HostError) else 2
+        return 1 if isinstance(error, ProgramError) else 2
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def serve(options: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
-    """Start the server, say how to ask it, and stay until it is interrupted: 0. Raises HostError where it ends."""
+    """Start the server, say how to ask it, and stay until it is interrupted: 0. Raises ProgramError where it ends."""
     if bool(options.config) == bool(options.run):
         raise ServingError("give either a config, whose model is served, or --run with the name of a run")
     run = _run_named(options.run, str(overrides.get("paths.outputs", PathsSection().outputs))) if options.run else None
@@ -129,7 +129,7 @@ def _told(served: Served, host: Host, parameters: Sequence[str]) -> str:
         f"base_url  {url}\n"
         f"model     {ids}\n"
         f"serves    {served.source}\n"
-        f"log       {host.program.log}\n"
+        f"log       {host.server.log}\n"
         f"evaluate  {shlex.join(evaluate)}\n"
         f"again     --port {host.port} (an evaluation that was begun asks at this address)\n"
         f"stop      Ctrl+C\n"

@@ -6,6 +6,7 @@ mount trees that hold only what the client uploaded.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -115,6 +116,8 @@ def cloud_of(shared: Path, folder: Path) -> Iterator[Cloud]:
     (project / ".env").write_text("EXPERIMENTER=ada\n")
     with module.Loopback(folder / "modal", python=sys.executable) as server:
         _mend_commit(server.core, module)
+        _mend_waiting(server.core)
+        _show_cores(server.core)
         yield Cloud(project, server)
 
 
@@ -141,6 +144,33 @@ def _mend_commit(core: Any, module: Any) -> None:
         noted.write_text(json.dumps(now))
 
     core.commit = commit
+
+
+def _mend_waiting(core: Any) -> None:
+    """The stand-in waits on one condition with a timeout, and with many calls at once loses its lock for good."""
+
+    async def wait_for(met: Any, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while not met() and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    async def notify() -> None:
+        """Whoever waits looks by itself."""
+
+    core.wait_for, core.notify = wait_for, notify
+
+
+def _show_cores(core: Any) -> None:
+    """vLLM on a CPU asks lscpu, which reads /sys: the stand-in's containers have none."""
+    command = core.command
+
+    def with_sys(*arguments: Any, **named: Any) -> Any:
+        words, cwd = command(*arguments, **named)
+        if words[0] == "bwrap":
+            words[words.index("--proc") : words.index("--proc")] = ["--ro-bind", "/sys", "/sys"]
+        return words, cwd
+
+    core.command = with_sys
 
 
 def _load(path: Path) -> Any:

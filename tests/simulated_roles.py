@@ -27,6 +27,7 @@ from lib.roles import (
     ActorError,
     ActorState,
     Canary,
+    Facts,
     Method,
     RefusedError,
     Release,
@@ -41,7 +42,7 @@ from lib.task import Message, Rollout, Row, Score, Task
 END = 1
 FIRST_SERIAL = 1_000_000
 KEPT = 2
-"""Versions of the weights that stay on the disk."""
+"""Steps whose weights stay on the disk."""
 CANARIES = [[7, 8, 9, 10], [11, 12, 13]]
 
 
@@ -209,7 +210,7 @@ def scripted_faults(*script: tuple[str, str, int, str]) -> Draw:
 
 # roles ----------------------------------------------------------------------------------------------------------------
 class Timing(NamedTuple):
-    """Seconds; of a turn, by its prompt."""
+    """Seconds; of a turn, by its prompt. And the tokens that every engine takes."""
 
     turn: Callable[[Sequence[int]], float] = lambda prompt: 1.0
     train: float = 2.0
@@ -218,6 +219,7 @@ class Timing(NamedTuple):
     canary: float = 0.02
     start: float = 1.0
     save: float = 0.1
+    max_length: int = 10**6
 
 
 USUAL = Timing()
@@ -255,8 +257,13 @@ class SimulatedWorker:
         self.flying = 0
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    async def facts(self) -> Facts:
+        return Facts(self.version, self.timing.max_length, 16, "float32", False)
+
     async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Sampled]:
         fault = self._fault("turn")
+        if any(len(prompt) + sampling.max_tokens > self.timing.max_length for prompt in prompts):
+            self.witness.violations.append(f"{self.name}: asked for more than its engine takes")
         weights, version = self.weights, self.version
         seconds = max(map(self.timing.turn, prompts))
         self.flying += 1
@@ -282,7 +289,8 @@ class SimulatedWorker:
         if self.flying:
             self.witness.violations.append(f"{self.name}: new weights under {self.flying} turns")
         await self._pass(self.timing.load * (10 if fault == "slow" else 1))
-        if release.version not in sorted(self.witness.published)[-KEPT:]:
+        newest_first = [step for _, (_, step) in sorted(self.witness.published.items(), reverse=True)]
+        if release.step not in list(dict.fromkeys(newest_first))[:KEPT]:
             raise RefusedError(f"{release.folder} has no manifest: it is not there")
         if fault == "refused":
             raise RefusedError("the manifest is of another run")
@@ -374,15 +382,22 @@ class SimulatedActor:
         records[0] |= batch["metrics"]
         return StepReport(self.step, {}, self.timing.train, records)
 
-    async def publish(self, version: int, method: Method) -> tuple[Release, Canary]:
+    async def publish(self, version: int, method: Method) -> Release:
         self._alive()
         await asyncio.sleep(self.timing.publish)
         if version in self.witness.published:
             self.witness.violations.append(f"version {version} published twice")
         weights = f"{self.step} {len(self.trained)} {self.trained[-1:]}"
         self.witness.published[version] = weights, self.step
-        release = Release(version, self.step, method, f"weights/v-{version}")
-        return release, Canary(version, CANARIES, self.witness.canary(weights))
+        return Release(version, self.step, method, f"weights/v-{version}")
+
+    async def canary(self, version: int) -> Canary:
+        self._alive()
+        await asyncio.sleep(self.timing.canary)
+        weights, step = self.witness.published[version]
+        if step != self.step:
+            self.witness.violations.append(f"the canary of version {version} is asked for at step {self.step}")
+        return Canary(version, CANARIES, self.witness.canary(weights))
 
     async def save_checkpoint(self, logs: dict[str, int] | None = None) -> str:
         self._alive()

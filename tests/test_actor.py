@@ -30,7 +30,7 @@ from lib.config import Config, parse_config
 from lib.log import start_logging
 from lib.roles import ActorError, ActorState, Canary, Release
 from lib.rollout import Scored
-from lib.rpc import Client, start
+from lib.rpc import Child, Client, start
 from lib.runfolder import Run, open_run
 from lib.starter import build_tokenizer
 from lib.sync import canary_of, check, compare
@@ -481,8 +481,7 @@ def test_a_published_version_says_what_its_canaries_say(folder: Path, whole: Who
     canaries = []
     for version, batch in enumerate(batches[:2], start=1):
         actor.train_step(batch)
-        published = actor.publish(version, "reload")
-        release, canary = Release(**published["release"]), Canary(**published["canary"])
+        release, canary = Release(**actor.publish(version, "reload")), Canary(**actor.canary(version))
         assert release == (
             version,
             version,
@@ -508,7 +507,8 @@ def test_publishing_draws_no_random_numbers_and_changes_no_weight(folder: Path, 
     for number, batch in enumerate(batches):
         method: Any = ("lora", "reload", "volume", "checkpoint")[number % 4]
         before = actor._ask(torch.get_rng_state, "looking")
-        release = Release(**actor.publish(number, method)["release"])
+        release = Release(**actor.publish(number, method))
+        actor.canary(number)
         assert torch.equal(before, actor._ask(torch.get_rng_state, "looking"))
         check(release, run="publishing")
         found += [untimed(step) for step in actor.train_step(batch)["records"]]
@@ -526,9 +526,14 @@ def test_what_cannot_be_published_is_told_and_training_goes_on(folder: Path) -> 
     with pytest.raises(ActorError, match="sync_method lora needs a model with an adapter"):
         actor.publish(1, "lora")
     assert not (whole.folder / "weights" / "v-1").exists()
-    assert actor.publish(2, "reload")["release"]["version"] == 2
+    assert actor.publish(2, "reload")["version"] == 2
+    with pytest.raises(ActorError, match="version 1 is asked for at step 0; published last: version 2 of step 0"):
+        actor.canary(1)
     assert actor.train_step(as_sent(recorded.fed[0].batch))["step"] == 1
-    assert actor.publish(3, "reload")["release"]["step"] == 1  # also when training is over
+    with pytest.raises(ActorError, match="version 2 is asked for at step 1"):
+        actor.canary(2)  # nobody has these weights any more
+    assert actor.publish(3, "reload")["step"] == 1  # also when training is over
+    assert actor.canary(3)["version"] == 3
     actor.close()
 
 
@@ -566,7 +571,7 @@ main(sys.argv[1])
 async def process_of(run: Run, mishap: str = "") -> tuple[RemoteActor, Client]:
     """The actor as a child; `mishap`: what befalls it in which forward pass of training (`killed 2`)."""
     how = [sys.executable, "-c", MISHAPS, str(run.folder)] if mishap else command(run.folder)
-    client = start(how, "actor", run.path("actor.log"), {"MISHAP": mishap})
+    client = await start(Child(name="actor", command=how, log=run.path("actor.log"), environment={"MISHAP": mishap}))
     return RemoteActor(client, run.config), client
 
 
@@ -576,12 +581,12 @@ async def test_killed_between_steps_and_in_a_step_it_resumes_to_the_same_bits(fo
     first, client = await process_of(run)
     await first.initialize()
     reports = [await first.train_step(batch) for batch in batches[:2]]
-    release, canary = await first.publish(1, "reload")
+    release, canary = await first.publish(1, "reload"), await first.canary(1)
     assert (release.version, release.step, canary.version) == (1, 2, 1)
     assert await first.save_checkpoint() == str(run.folder / "checkpoints" / "step-2")
     await first.train_step(batches[2])
     client.kill()
-    with pytest.raises(ActorError, match="was ended by signal 9"):
+    with pytest.raises(ActorError, match="was ended by SIGKILL"):
         await first.train_step(batches[3])
 
     second, _ = await process_of(run, "killed 3")
@@ -590,10 +595,10 @@ async def test_killed_between_steps_and_in_a_step_it_resumes_to_the_same_bits(fo
     reports += [await second.train_step(batch) for batch in batches[2:4]]
     await second.save_checkpoint()
     with pytest.raises(
-        ActorError, match=r"was ended by signal 9 .*\n(.*\n)*If it was memory, turn in this order: training.batch"
+        ActorError, match=r"was ended by SIGKILL .*\n(.*\n)*If it was memory, turn in this order: training.batch"
     ):
         await second.train_step(batches[4])
-    with pytest.raises(ActorError, match="was ended by signal 9"):
+    with pytest.raises(ActorError, match="was ended by SIGKILL"):
         await second.save_checkpoint()
 
     third, _ = await process_of(run)

@@ -150,6 +150,14 @@ def test_a_run_that_metered_nothing_has_an_empty_bill(tmp_path: Path) -> None:
     assert (bill.usd, bill.hours, bill.attempts, bill.lines) == (0, 0, 0, {})
 
 
+def test_rates_of_roles_that_run_beside_each_other_add_up(prices: Prices) -> None:
+    alone = rates(H100, prices)
+    orchestrator = Resources(cpu=2, memory_gb=8, where="modal", beside=(H100, H100))
+    together = rates(orchestrator, prices)
+    assert together["gpu"] == pytest.approx(2 * alone["gpu"])
+    assert together["cpu"] == pytest.approx(2 * alone["cpu"] + 2 * 0.1 + 8 * 0.01)
+
+
 def test_the_bill_splits_an_attempt_into_cold_start_gpu_and_cpu(tmp_path: Path) -> None:
     put_attempt(tmp_path, "a", 1000, 1000 + 3600, ready=1000 + 900)
     bill = read_bill(tmp_path)

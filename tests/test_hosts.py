@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 
+import lib.program
 from lib import PROJECT_ROOT, hosts
-from lib.hosts import HostError, Program, explain, free_port, listeners, start
+from lib.hosts import Server, free_port, listeners, start
 from lib.keeper import family
+from lib.program import ProgramError, explain
 
 SERVE = """
 import http.server, os, socketserver, subprocess, sys, time
@@ -44,14 +46,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="process trees are se
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(lib.program, "FIRST_WAIT", 0.05)
 
 
-def program(folder: Path, body: str, **values: Any) -> Program:
+def program(folder: Path, body: str, **values: Any) -> Server:
     """A server whose program is SERVE and then `body`; its port is sys.argv[1]."""
     code = SERVE + textwrap.dedent(body)
     settings = {"name": "engine", "log": folder / "engine.log", "deadline": 15.0, "grace": 1.0, **values}
-    return Program(command=lambda port: [sys.executable, "-c", code, str(port)], **settings)
+    return Server(command=lambda port: [sys.executable, "-c", code, str(port)], **settings)
 
 
 def running(pids: set[int]) -> set[int]:
@@ -89,11 +91,11 @@ def taken() -> Iterator[int]:
 
 def test_a_server_is_started_on_a_free_port_waited_for_and_ended(tmp_path: Path) -> None:
     with start(program(tmp_path, "time.sleep(0.5); print('up'); serve()")) as host:
-        assert host.is_alive() and host.is_ready() and host.address == f"http://127.0.0.1:{host.port}"
-        assert host.tail() == ["up"]
+        assert host.process.is_alive() and host.is_ready() and host.address == f"http://127.0.0.1:{host.port}"
+        assert host.process.tail() == ["up"]
         host.check()
-        pids = host.pids()
-    assert not host.is_alive() and not host.is_ready()
+        pids = host.process.pids()
+    assert not host.process.is_alive() and not host.is_ready()
     assert not running(pids)
     host.close()
 
@@ -108,14 +110,14 @@ def test_what_is_ready_may_be_any_question(tmp_path: Path) -> None:
 def test_the_environment_is_this_processs_and_what_the_program_adds(tmp_path: Path) -> None:
     body = "print(os.environ['MINE'], 'PATH' in os.environ, os.getcwd()); serve()"
     with start(program(tmp_path, body, environment={"MINE": "7"})) as host:
-        assert host.tail() == [f"7 True {PROJECT_ROOT}"]
+        assert host.process.tail() == [f"7 True {PROJECT_ROOT}"]
 
 
 def test_while_it_waits_it_says_for_what_and_what_was_said_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "PROGRESS_SECONDS", 0.5)
-    with caplog.at_level(logging.INFO, "lib.hosts"):
+    monkeypatch.setattr(lib.program, "PROGRESS_SECONDS", 0.5)
+    with caplog.at_level(logging.INFO, "lib"):
         start(program(tmp_path, "print('loading weights'); time.sleep(1.8); serve()")).close()
     lines = [line for line in caplog.messages if "waiting" in line]
     assert len(lines) in (2, 3, 4)
@@ -128,7 +130,7 @@ def test_one_that_is_never_ready_is_ended_at_the_deadline_and_not_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = "print('connection reset, but I hang'); time.sleep(99)"
-    with pytest.raises(HostError, match=r"is not ready after 5 s: still waiting for http.* raise --wait") as caught:
+    with pytest.raises(ProgramError, match=r"is not ready after 5 s: still waiting for http.* raise --wait") as caught:
         start(program(tmp_path, body, deadline=5.0, deadline_setting="--wait"))  # a busy machine starts it late
     assert "connection reset, but I hang" in str(caught.value) and not caplog.messages
 
@@ -140,7 +142,7 @@ def test_one_that_takes_connections_and_never_answers_is_not_ready(tmp_path: Pat
     time.sleep(99)
     """
     began = time.monotonic()
-    with pytest.raises(HostError, match="is not ready"):
+    with pytest.raises(ProgramError, match="is not ready"):
         start(program(tmp_path, body, deadline=1.0))
     assert time.monotonic() - began < 8
 
@@ -149,7 +151,7 @@ def test_an_interrupt_while_it_waits_ends_the_server(tmp_path: Path) -> None:
     pids: set[int] = set()
 
     def ready() -> bool:
-        (log,) = hosts.last_lines(tmp_path / "engine.log", 1) or ["0"]
+        (log,) = lib.program.last_lines(tmp_path / "engine.log", 1) or ["0"]
         if log == "0":
             return False
         pids.add(int(log))
@@ -169,7 +171,7 @@ def test_one_that_dies_at_once_is_an_error_with_its_status_cause_and_last_50_lin
     for number in range(80): print("line", number)
     sys.exit(3)
     """
-    with pytest.raises(HostError) as caught:
+    with pytest.raises(ProgramError) as caught:
         start(program(tmp_path, body))
     head, *shown = str(caught.value).split("\n")
     assert head.startswith("engine did not start: it exited with status 3 after ")
@@ -180,7 +182,7 @@ def test_one_that_dies_at_once_is_an_error_with_its_status_cause_and_last_50_lin
 def test_a_known_cause_comes_with_what_to_change(tmp_path: Path) -> None:
     advice = [("never said", "x"), (r"unknown parser \((.*)\)", r"set parser to one of \1")]
     body = "print('KeyError: unknown parser (a, b)'); raise RuntimeError('it failed. See root cause above')"
-    with pytest.raises(HostError, match=r"What to change: set parser to one of a, b\n"):
+    with pytest.raises(ProgramError, match=r"What to change: set parser to one of a, b\n"):
         start(program(tmp_path, body, advice=advice))
 
 
@@ -189,16 +191,18 @@ def test_the_cause_is_not_the_line_that_refers_to_it_nor_one_that_quotes_an_erro
              "RuntimeError: start failed. See root cause above."]  # fmt: skip
     assert explain(lines, []) == " It said: ValueError: no memory"
     assert explain(["all is well"], []) == ""
+    told = explain(lines, [("SIGKILL", "take less")], "did not start: it was ended by SIGKILL")
+    assert told == "\nWhat to change: take less"
 
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match=r"it was ended by SIGKILL \(by hand, or by the kernel because memory ran out"):
+    with pytest.raises(ProgramError, match=r"it was ended by SIGKILL \(by hand, or by the kernel because memory"):
         start(program(tmp_path, "os.kill(os.getpid(), 9)"))
 
 
 def test_a_command_that_does_not_exist_is_said(tmp_path: Path) -> None:
-    nothing = Program(name="engine", command=lambda port: ["/nowhere/engine"], log=tmp_path / "engine.log")
-    with pytest.raises(HostError, match=r"cannot start /nowhere/engine: .*No such file"):
+    nothing = Server(name="engine", command=lambda port: ["/nowhere/engine"], log=tmp_path / "engine.log")
+    with pytest.raises(ProgramError, match=r"cannot start /nowhere/engine: .*No such file"):
         start(nothing)
 
 
@@ -217,19 +221,19 @@ def test_a_transient_failure_is_tried_again_and_another_is_not(
         "Connection reset): attempt 2 of 3 follows", "Connection reset): attempt 3 of 3 follows",
     ]  # fmt: skip
     count.write_text("")
-    with pytest.raises(HostError, match="Connection reset"):
+    with pytest.raises(ProgramError, match="Connection reset"):
         start(program(tmp_path, body, attempts=2))
     assert count.read_text() == "xx"
     count.write_text("")
-    with pytest.raises(HostError):
+    with pytest.raises(ProgramError):
         start(program(tmp_path, body.replace("Connection reset", "Something else")))
     assert count.read_text() == "x"
 
 
 def test_one_that_dies_after_it_was_ready_is_found_by_check(tmp_path: Path) -> None:
     with start(program(tmp_path, "import threading; threading.Timer(1, os._exit, [5]).start(); serve()")) as host:
-        assert until(lambda: not host.is_alive())
-        with pytest.raises(HostError, match="engine has ended: it exited with status 5"):
+        assert until(lambda: not host.process.is_alive())
+        with pytest.raises(ProgramError, match="engine has ended: it exited with status 5"):
             host.check()
 
 
@@ -238,7 +242,7 @@ def test_one_that_dies_after_it_was_ready_is_found_by_check(tmp_path: Path) -> N
 
 @linux
 def test_a_taken_port_is_refused_with_the_holders_pid_and_command(tmp_path: Path) -> None:
-    with taken() as port, pytest.raises(HostError) as caught:
+    with taken() as port, pytest.raises(ProgramError) as caught:
         start(program(tmp_path, "serve()", port=port, port_setting="--port"))
     assert str(caught.value).startswith(f"port {port} (--port) is in use by process {os.getpid()} (")
     assert "pytest" in str(caught.value) and "choose another port, or 0 for a free one" in str(caught.value)
@@ -248,12 +252,12 @@ def test_a_holder_that_cannot_be_seen_is_said_with_how_to_find_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "listeners", lambda port: [])
-    with taken() as port, pytest.raises(HostError, match=r"cannot be seen from here \(as root `ss -ltnp` or `lsof"):
+    with taken() as port, pytest.raises(ProgramError, match=r"cannot be seen from here \(as root `ss -ltnp` or `lsof"):
         start(program(tmp_path, "serve()", port=port))
 
 
 def test_a_port_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="choose one from 1024 to 65535"):
+    with pytest.raises(ProgramError, match="choose one from 1024 to 65535"):
         start(program(tmp_path, "serve()", port=70_000))
 
 
@@ -282,7 +286,7 @@ def test_another_server_that_answers_on_the_port_is_not_taken_for_this_one(
         monkeypatch.setattr(hosts, "free_port", lambda: ports.pop(0))
         with start(program(tmp_path, "time.sleep(1); serve()")) as host:
             assert host.port != stranger.port
-        (pid,) = stranger.pids()
+        (pid,) = stranger.process.pids()
         assert f"did not get port {stranger.port}: address already in use by process {pid}" in caplog.text
         assert stranger.is_ready()
 
@@ -308,29 +312,30 @@ def test_a_flood_does_not_stop_the_server_and_the_log_stays_small(tmp_path: Path
     serve()
     """
     with start(program(tmp_path, body, log_bytes=400_000, deadline=60.0)) as host:
-        assert until(lambda: host.tail(1) == ["flooded"], 60)
+        assert until(lambda: host.process.tail(1) == ["flooded"], 60)
         assert host.is_ready()
         size = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert 100_000 < size < 400_000 + 2 * 65_536
-        assert len(host.tail(1_000)) == 1_000 and max(map(len, host.tail(1_000))) <= 4_000
+        assert len(host.process.tail(1_000)) == 1_000 and max(map(len, host.process.tail(1_000))) <= 4_000
 
 
 def test_secrets_are_neither_in_the_log_nor_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE_API_KEY", "sk-very-secret-value")
-    with pytest.raises(HostError) as caught:
+    with pytest.raises(ProgramError) as caught:
         start(program(tmp_path, "print('key', os.environ['ENGINE_API_KEY']); sys.exit(1)"))
     assert "key <ENGINE_API_KEY>" in str(caught.value) and "sk-very" not in str(caught.value)
     assert "sk-very" not in (tmp_path / "engine.log").read_text()
 
 
-def test_a_restart_begins_a_new_log(tmp_path: Path) -> None:
+def test_a_restart_begins_a_new_log_and_the_one_before_stays_beside_it(tmp_path: Path) -> None:
     for word in ("first", "second"):
         start(program(tmp_path, f"print({word!r}); serve()")).close()
     assert (tmp_path / "engine.log").read_text() == "second\n"
+    assert (tmp_path / "engine.log.before").read_text() == "first\n"
 
 
 def test_progress_bars_are_lines_and_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(HostError):
+    with pytest.raises(ProgramError):
         start(program(tmp_path, r"sys.stdout.write('10%\r20%\r\nno end'); sys.exit(1)"))
     assert (tmp_path / "engine.log").read_text() == "10%\n20%\nno end"
 
@@ -350,14 +355,14 @@ serve()
 """A child that has one in a session of its own, and an orphan in a session of its own: all of them ignore SIGTERM."""
 
 
-def stubborn(folder: Path) -> Program:
+def stubborn(folder: Path) -> Server:
     return program(folder, STUBBORN, grace=0.5)
 
 
 @linux
 def test_a_tree_that_ignores_sigterm_is_gone_after_the_grace_time(tmp_path: Path) -> None:
     host = start(stubborn(tmp_path))
-    pids = host.pids()
+    pids = host.process.pids()
     assert len(pids) == 4
     began = time.monotonic()
     host.close()
@@ -383,11 +388,11 @@ def test_one_that_heeds_sigterm_is_ended_by_it_and_may_tidy_up(tmp_path: Path) -
 @linux
 def test_what_a_dead_server_leaves_behind_is_ended_with_it(tmp_path: Path) -> None:
     host = start(stubborn(tmp_path))
-    pids = host.pids()
+    pids = host.process.pids()
     (root,) = [one.pid for one in listeners(host.port)]
     os.kill(root, signal.SIGKILL)
-    assert until(lambda: not host.is_alive() and not running(pids))
-    with pytest.raises(HostError, match="ended by SIGKILL"):
+    assert until(lambda: not host.process.is_alive() and not running(pids))
+    with pytest.raises(ProgramError, match="ended by SIGKILL"):
         host.check()
 
 
@@ -397,7 +402,7 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from test_hosts import start, stubborn
 host = start(stubborn(Path(sys.argv[1])))
-print(host._keeper.pid, *host.pids(), flush=True)
+print(host.process._keeper.pid, *host.process.pids(), flush=True)
 """
 
 
@@ -437,8 +442,8 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 @linux
 def test_a_killed_keeper_takes_the_server_with_it_and_the_rest_goes_at_close(tmp_path: Path) -> None:
     host = start(stubborn(tmp_path))
-    pids, (root,) = host.pids(), [one.pid for one in listeners(host.port)]
-    os.kill(host._keeper.pid, signal.SIGKILL)
+    pids, (root,) = host.process.pids(), [one.pid for one in listeners(host.port)]
+    os.kill(host.process._keeper.pid, signal.SIGKILL)
     assert until(lambda: not running({root}))
     host.close()
     left = running(pids)

@@ -59,6 +59,43 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
+ENGINE = """
+import sys
+import vllm
+from lib.backends import local, train_child
+
+started = vllm.LLM.__init__
+
+def told(self, *arguments, **named):
+    print("eager", named["enforce_eager"], "share", named["gpu_memory_utilization"], flush=True)
+    started(self, *arguments, **named)
+
+vllm.LLM.__init__ = told
+local._check_machine = lambda config: None
+sys.exit(train_child(sys.argv[1]))
+"""
+"""Training as it is on a GPU, as far as an engine that does not start lets it come on a CPU as well."""
+
+
+def test_an_engine_in_this_process_that_does_not_start_is_told_with_what_to_change(chain: Any, workspace: Path) -> None:
+    policy = next((workspace / "cache" / "starter").glob("starter-*"))
+    most = json.loads((policy / "config.json").read_text())["max_position_embeddings"]
+    config = load_config(
+        SMOKE,
+        {"paths.outputs": str(workspace / "outputs"), "model.name": str(policy), "sampling.engine": "vllm",
+         "sampling.vllm.max_length": most + 1, "model.dtype": "float32"},
+    )  # fmt: skip
+    run = open_run("engine", config)
+    prepare(load_task(config.task.name, **config.task.params), run)
+    command = [sys.executable, "-c", ENGINE, str(run.folder)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "eager True share 0.5" in done.stdout
+    first, change = (run.folder / "stages" / "training.error.txt").read_text().split("\n")
+    assert first.startswith("vLLM did not start in this process. It said: ") and str(most + 1) in first
+    assert change.startswith(f"What to change: sampling.vllm.max_length: at most {most}, ")
+
+
 EPOCHS = {"training.steps": -1, "training.epochs": 2, "training.batch": 64, "training.save_steps": 1000}
 
 

@@ -43,6 +43,7 @@ from lib.orchestrator.actor import ActorDesk
 from lib.orchestrator.draft import Draft, Played
 from lib.orchestrator.events import Busy, Events
 from lib.orchestrator.order import permutations
+from lib.roles import ActorError
 from lib.rollout import Scored, UnscoredLimitError
 from lib.runfolder import Run, RunError, read_lines
 from lib.task import Rollout, Score
@@ -546,12 +547,12 @@ class Rotting(SimulatedHosts):
         return worker
 
 
-@pytest.mark.parametrize(("overlap", "wait", "then"), [(2, 0.5, ""), (1, 0.5, ""), (2, 0.5, "error")])
+@pytest.mark.parametrize(("overlap", "wait", "then"), [(2, 0.5, ""), (1, 0.5, ""), (0, 0.5, ""), (2, 0.5, "error")])
 def test_turns_of_a_worker_that_lost_what_it_had_proven_are_not_trained_on(
     tmp_path: Path, overlap: int, wait: float, then: str
 ) -> None:
-    """What shows it is the canary before the next sync, or the proof after a loss: what it had sampled since, and is
-    not trained on yet, is played anew."""
+    """What shows it is the canary while the next weights are written, or the proof after a loss: what it had sampled
+    since, and is not trained on yet, is played anew."""
     config = make_config(distributed__overlap=overlap, distributed__in_flight=2, training__save_steps=6)
     witness = Witness(overlap)
     hosts = Rotting(Run(tmp_path, config), witness, STEPS, Timing(train=5.0))
@@ -566,10 +567,42 @@ def test_turns_of_a_worker_that_lost_what_it_had_proven_are_not_trained_on(
     handed_over = {event["batch"]: event["time"] for event in done.events("batch")}
     for event in done.events("replayed"):
         assert event["time"] <= handed_over[event["batch"]]
-    if overlap == 2:
+    if overlap:
         assert done.events("replayed") and rotten and not rotten & trained
-    else:  # its step had begun when it showed
+    else:  # its step was done when it showed
         assert rotten & trained and not done.events("replayed")
+
+
+def test_workers_load_while_the_actor_answers_its_canary_and_it_trains_only_after(tmp_path: Path) -> None:
+    config = make_config(distributed__workers=1, distributed__overlap=0)
+    timing = Timing(publish=1.0, load=5.0, canary=4.0, train=0.5)
+    done = attempt(tmp_path, config, timing=timing)
+    check_finished(done, config)
+    for published, loaded in zip(done.events("published"), done.events("sync", "worker-0"), strict=True):
+        (said,) = [one for one in done.events("canary") if one["version"] == published["version"]]
+        assert said["time"] == pytest.approx(published["time"] + 4.0, abs=0.01)
+        if published["version"] > 1:  # the first one waits for the worker to start
+            # It was asked for its canary of before when the actor began to write: 4 s, of which 3 are left.
+            assert loaded["time"] == pytest.approx(published["time"] + 3.0 + 5.0, abs=0.01)
+
+
+def test_an_actor_that_dies_over_its_canary_ends_the_training_with_its_words(tmp_path: Path) -> None:
+    class Speechless(SimulatedHosts):
+        async def start_actor(self) -> Any:
+            actor = await super().start_actor()
+            say = actor.canary
+
+            async def canary(version: int) -> Any:
+                if version == 2:
+                    raise ActorError("out of memory in the canary")
+                return await say(version)
+
+            actor.canary = canary  # type: ignore[method-assign]
+            return actor
+
+    hosts = Speechless(Run(tmp_path, make_config()), Witness(1), STEPS)
+    with pytest.raises(OrchestratorError, match="out of memory in the canary"):
+        run_virtually(training(tmp_path, make_config(), hosts, SimulatedTask(), ROWS))
 
 
 def test_one_canary_is_asked_before_every_sync(tmp_path: Path) -> None:
@@ -632,11 +665,15 @@ def test_many_masked_answers_are_warned_about_once(tmp_path: Path, caplog: pytes
     assert len([r for r in caplog.records if "masked by the task as invalid" in r.message]) == 1
 
 
+@pytest.mark.parametrize("limited", ["by the config", "by the engine"])
 def test_a_conversation_without_room_for_a_turn_ends_with_the_turn_before_and_is_no_workers_fault(
-    tmp_path: Path,
+    tmp_path: Path, limited: str
 ) -> None:
-    config = make_config(sampling__vllm={"max_length": 64}, rewards__max_unscored=0.05)
-    done = attempt(tmp_path, config, task=SimulatedTask(max_turns=3))
+    config = make_config(
+        sampling__vllm={"max_length": 64 if limited == "by the config" else 1000}, rewards__max_unscored=0.05
+    )
+    done = attempt(tmp_path, config, timing=USUAL._replace(max_length=64), task=SimulatedTask(max_turns=3))
+    check_honest(done)
     assert done.error is None and {record["stop"] for record in done.rollouts} == {"length"}
     assert all(record["reward"] is not None for record in done.rollouts) and not done.events("lost")
 

@@ -14,11 +14,13 @@ import pytest_asyncio
 from tiny_policy import tiny, train, with_adapter
 
 from lib.config import load_config
+from lib.engine import ADVICE
+from lib.program import ProgramError
 from lib.roles import Method, Proof, RefusedError, Release, Sampled, Sampling, WorkerError
 from lib.rollout_worker import EngineSettings, RemoteWorker, RolloutWorker, command, environment
 from lib.rollout_worker import engine as engine_module
 from lib.rollout_worker.engine import Engine
-from lib.rpc import RpcError, start
+from lib.rpc import Child, RpcError, start
 from lib.runfolder import hash_file
 from lib.sync import BLOCK, canary_of, compare, make_canaries, publish
 
@@ -151,6 +153,18 @@ async def test_a_turn_ends_with_its_end_token_or_at_its_length(untied: Plant) ->
         assert not set(turn.output_ids[:-1]) & set(ends)
         assert (turn.output_ids[-1] in ends) == (turn.stop == "stop")
         assert turn.stop == "stop" or len(turn.output_ids) == 6
+
+
+async def test_more_prompts_than_the_engine_computes_at_once_are_answered_as_they_are_alone(untied: Plant) -> None:
+    """Cut into pieces, the last one that fits would break the engine: on a CPU no piece's random number comes back."""
+    prompts = [[(7 * number + 3 * place) % 300 + 10 for place in range(480)] for number in range(1, 17)]
+    settings = untied.worker._working()._engine.vllm_config.scheduler_config
+    assert sum(map(len, prompts)) > settings.max_num_batched_tokens
+    together = await untied.ask(prompts, Sampling(3, seed=1))
+    assert [one.output_ids for one in together] == [
+        (await untied.ask([prompt], Sampling(3, seed=1 + number)))[0].output_ids
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 async def test_a_seed_gives_the_same_answers_in_any_company_and_equal_prompts_get_different_ones(untied: Plant) -> None:
@@ -391,11 +405,21 @@ async def test_an_engine_that_breaks_fails_its_calls_and_only_a_new_one_serves_a
 
 
 # the process ----------------------------------------------------------------------------------------------------------
+def child_of(settings: EngineSettings, folder: Path) -> Child:
+    values = environment() | {"OMP_NUM_THREADS": "1"}
+    return Child(
+        name="worker-0",
+        command=command(settings),
+        log=folder / "worker-0.log",
+        environment=values,
+        deadline=120,
+        advice=ADVICE,
+    )
+
+
 @pytest_asyncio.fixture
 async def remote(untied: Plant, tmp_path: Path) -> AsyncIterator[RemoteWorker]:
-    client = start(command(untied.settings), "worker-0", tmp_path / "worker-0.log", environment(threads=1))
-    await client.ready(within=120)
-    worker = RemoteWorker(client)
+    worker = RemoteWorker(await start(child_of(untied.settings, tmp_path)))
     yield worker
     await worker.close()
 
@@ -404,7 +428,7 @@ async def test_a_worker_in_a_process_of_its_own_is_asked_synced_proven_and_kille
     untied: Plant, remote: RemoteWorker
 ) -> None:
     facts = await remote.facts()
-    assert (facts["version"], facts["block_size"]) == (0, BLOCK)
+    assert (facts.version, facts.block_size, facts.max_length) == (0, BLOCK, 512)
     release = untied.publish("volume")._replace(method="reload")
     long = asyncio.ensure_future(remote.generate(REAL, Sampling(40, end_ids=(END,))))
     await asyncio.sleep(0.05)
@@ -421,8 +445,18 @@ async def test_a_worker_in_a_process_of_its_own_is_asked_synced_proven_and_kille
     call = asyncio.ensure_future(remote.generate(REAL, Sampling(400)))
     await asyncio.sleep(0.1)
     os.kill(remote._asked.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-    with pytest.raises(WorkerError, match="ended by signal 9"):
+    with pytest.raises(WorkerError, match="ended by SIGKILL"):
         await call
+
+
+async def test_a_worker_that_cannot_start_says_why_and_what_to_change(untied: Plant, tmp_path: Path) -> None:
+    most = untied.plain.config.max_position_embeddings
+    with pytest.raises(ProgramError) as caught:
+        await start(child_of(untied.settings.model_copy(update={"max_length": most + 1}), tmp_path))
+    first, change, head, *shown = str(caught.value).split("\n")
+    assert first.startswith("worker-0 did not start. It said: ") and f"max_model_len ({most + 1})" in first
+    assert change.startswith(f"What to change: sampling.vllm.max_length: at most {most}, which is as long")
+    assert str(tmp_path / "worker-0.log") in head and 20 < len(shown) <= 50
 
 
 class Canned:

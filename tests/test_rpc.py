@@ -12,11 +12,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lib.program
 from lib import PROJECT_ROOT
-from lib.rpc import Client, RpcError, start
+from lib.keeper import family
+from lib.program import ProgramError
+from lib.rpc import Child, Client, RpcError, start
 
 SERVICE = """
 import asyncio, os, signal, subprocess, sys, time
@@ -52,7 +56,7 @@ class Service:
         os._exit(status)
     def chatter(self):
         print('{"id": 1, "value": "not from me"}', flush=True)
-        os.write(1, b"\\xff\\xfe rubbish")
+        os.write(1, b"\\xff\\xfe rubbish\\n")
         return "well"
     def wire(self, text, number=1):
         for _ in range(number):
@@ -71,14 +75,26 @@ class Service:
 PLAIN = SERVICE + "serve(Service)"
 
 
+def program(tmp_path: Path, code: str = PLAIN, **values: Any) -> Child:
+    settings = {"name": "worker-0", "log": tmp_path / "worker-0.log", "deadline": 30.0, **values}
+    return Child(command=[sys.executable, "-c", code], **settings)
+
+
 @asynccontextmanager
-async def child(tmp_path: Path, code: str = PLAIN) -> AsyncIterator[Client]:
-    client = start([sys.executable, "-c", code], "worker-0", tmp_path / "worker-0.log")
+async def child(tmp_path: Path, code: str = PLAIN, **values: Any) -> AsyncIterator[Client]:
+    client = await start(program(tmp_path, code, **values))
     try:
-        await client.ready(within=30)
         yield client
     finally:
         await client.close(grace=2)
+
+
+async def failure(of: Child) -> str:
+    """Why it did not start; nothing of it runs any more."""
+    with pytest.raises(ProgramError) as caught:
+        await start(of)
+    assert family(os.getpid()) == {os.getpid()}
+    return str(caught.value)
 
 
 def is_there(pid: int) -> bool:
@@ -159,20 +175,20 @@ async def test_a_caller_that_is_cancelled_leaves_the_child_usable(tmp_path: Path
 @pytest.mark.parametrize(
     ("how", "arguments", "kind", "message"),
     [
-        ("die", [3], "died", r"worker-0 \(process \d+\) ended with status 3\. The end of .*\n(.*\n)*last words"),
+        ("die", [3], "died", r"worker-0 \(process \d+\) has ended: it exited with status 3\."),
         ("wire", ["no json"], "rubbish", "no answer: 'no json"),
         ("wire", ["[1, 2]"], "rubbish", "no answer"),
         ("wire", ["7"], "rubbish", "no answer"),
         ("wire", ['{"id": 1, "error": 5}'], "rubbish", "no answer"),
         ("wire", ['{"id": 999, "value": 1}'], "rubbish", "answered twice, or what it was not asked"),
         ("wire", ['{"id": 1, "value": "twice"}', 2], "rubbish", "answered twice"),
-        ("hang_up", [], "died", "closed the wire"),
+        ("hang_up", [], "died", "has ended: it closed the wire"),
     ],
 )
 async def test_a_child_that_breaks_fails_all_pending_calls_at_once(
     tmp_path: Path, how: str, arguments: list[object], kind: str, message: str
 ) -> None:
-    async with child(tmp_path, SERVICE + "print('last words', flush=True)\nserve(Service)") as client:
+    async with child(tmp_path) as client:
         client_calls = [asyncio.ensure_future(client.call("sleep", 60)) for _ in range(3)]
         await asyncio.sleep(0.1)
         client_calls.append(asyncio.ensure_future(client.call(how, *arguments)))
@@ -193,14 +209,33 @@ async def test_a_child_that_is_killed_is_told_by_the_signal(tmp_path: Path) -> N
         call = asyncio.ensure_future(client.call("sleep", 60))
         await asyncio.sleep(0.1)
         os.kill(client.pid, signal.SIGKILL)
-        with pytest.raises(RpcError, match=r"was ended by signal 9 \(SIGKILL: by hand, or"):
+        with pytest.raises(
+            RpcError, match=r"worker-0 \(process \d+\) has ended: it was ended by SIGKILL \(by hand, or"
+        ):
             await call
+
+
+async def test_what_waited_for_a_lost_child_is_told_its_last_50_lines_and_what_to_change(tmp_path: Path) -> None:
+    code = SERVICE + "for number in range(60): print('line', number)\nserve(Service)"
+    advice = [(r"line (3\d)", r"less than \1 lines"), ("never said", "x")]
+    client = await start(program(tmp_path, code, advice=advice))
+    call = asyncio.ensure_future(client.call("sleep", 60))
+    await asyncio.sleep(0.1)
+    client.kill()
+    with pytest.raises(RpcError) as caught:
+        await call
+    first, change, head, *shown = str(caught.value).split("\n")
+    assert "was ended by SIGKILL" in first and change == "What to change: less than 30 lines"
+    assert str(client.log) in head and shown == [f"  line {number}" for number in range(10, 60)]
+    with pytest.raises(RpcError) as later:
+        await client.call("echo", 1)
+    assert str(later.value) == first
+    await client.close()
 
 
 @pytest.mark.parametrize("how", ["stopped", "blocked"])
 async def test_a_child_that_hangs_is_told_and_ended(tmp_path: Path, how: str) -> None:
-    async with child(tmp_path) as client:
-        client.silence = 2
+    async with child(tmp_path, silence=2) as client:
         calls = [asyncio.ensure_future(client.call("sleep", 60)) for _ in range(2)]
         await asyncio.sleep(0.1)
         if how == "stopped":
@@ -214,8 +249,7 @@ async def test_a_child_that_hangs_is_told_and_ended(tmp_path: Path, how: str) ->
 
 
 async def test_a_parent_that_slept_does_not_take_its_child_for_hung(tmp_path: Path) -> None:
-    async with child(tmp_path) as client:
-        client.silence = 2
+    async with child(tmp_path, silence=2) as client:
         time.sleep(3)
         await asyncio.sleep(2)
         assert await client.call("echo", 1) == 1
@@ -224,7 +258,8 @@ async def test_a_parent_that_slept_does_not_take_its_child_for_hung(tmp_path: Pa
 async def test_what_a_child_prints_goes_to_its_log_and_not_on_the_wire(tmp_path: Path) -> None:
     async with child(tmp_path) as client:
         assert await client.call("chatter") == "well"
-        assert b"not from me" in client.log.read_bytes() and b"\xff\xfe rubbish" in client.log.read_bytes()
+        assert await until(lambda: "rubbish" in client.log.read_text())
+        assert "not from me" in client.log.read_text()
 
 
 async def test_progress_lines_reach_the_parents_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,34 +269,86 @@ async def test_progress_lines_reach_the_parents_log(tmp_path: Path, caplog: pyte
             assert "worker-0: made" in caplog.messages
 
 
-async def test_a_service_that_cannot_be_made_is_the_error_of_ready(tmp_path: Path) -> None:
+# the start ------------------------------------------------------------------------------------------------------------
+async def test_while_it_waits_it_says_so_with_what_was_said_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger("lib").propagate = True
+    monkeypatch.setattr(lib.program, "PROGRESS_SECONDS", 0.5)
+    code = SERVICE + "def make():\n    print('loading')\n    time.sleep(1.8)\n    return Service()\nserve(make)"
+    with caplog.at_level(logging.INFO, "lib"):
+        async with child(tmp_path, code):
+            pass
+    lines = [line for line in caplog.messages if "waiting" in line]
+    assert len(lines) in (2, 3, 4)
+    assert lines[-1].startswith("worker-0: waiting for its service, ")
+    assert lines[-1].endswith(" of 30 s; it said last: loading")
+
+
+async def test_a_service_that_cannot_be_made_is_why_there_is_none(tmp_path: Path) -> None:
     code = SERVICE + "def make():\n    raise MemoryError('too large')\nserve(make)"
-    client = start([sys.executable, "-c", code], "worker-0", tmp_path / "log")
-    with pytest.raises(RpcError, match="too large") as failure:
-        await client.ready(within=30)
-    assert failure.value.kind == "MemoryError"
-    assert (await client.until_lost()).kind == "died"
-    await client.close()
+    why = await failure(program(tmp_path, code, advice=[("too (large)", r"make it less \1")]))
+    assert why.startswith(
+        "worker-0 did not start. It said: MemoryError: too large\nWhat to change: make it less large\n"
+    )
+    assert "  Traceback (most recent call last):" in why.split("\n")
 
 
-async def test_a_child_that_is_not_ready_in_time_says_so_and_can_still_be_waited_for(tmp_path: Path) -> None:
-    code = SERVICE + "def make():\n    time.sleep(1)\n    return Service()\nserve(make)"
-    client = start([sys.executable, "-c", code], "worker-0", tmp_path / "log")
-    early = asyncio.ensure_future(client.call("echo", "asked before it was ready"))
-    with pytest.raises(RpcError, match=r"not ready within 0\.3 s"):
-        await client.ready(within=0.3)
-    await client.ready(within=30)
-    assert await early == "asked before it was ready"
-    await client.close()
+async def test_one_that_is_not_ready_in_time_is_ended_and_not_tried_again(tmp_path: Path) -> None:
+    code = SERVICE + "print('connection reset')\ndef make():\n    time.sleep(60)\nserve(make)"
+    began = time.monotonic()
+    why = await failure(program(tmp_path, code, deadline=2.0, deadline_setting="distributed.start_deadline"))
+    assert why.startswith("worker-0 is not ready after 2 s: still waiting for its service.")
+    assert "raise distributed.start_deadline" in why and why.endswith("connection reset")
+    assert time.monotonic() - began < 8
 
 
-async def test_a_command_that_never_serves_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    client = start([sys.executable, "-c", "import nothing_like_this"], "worker-0", tmp_path / "log")
-    with pytest.raises(RpcError, match=r"ended with status 1(.|\n)*No module named 'nothing_like_this'"):
-        await client.ready(within=30)
-    await client.close()
+async def test_a_command_that_never_serves_is_told_by_its_status_and_the_end_of_its_log(tmp_path: Path) -> None:
+    why = await failure(program(tmp_path, "import nothing_like_this"))
+    assert why.startswith("worker-0 did not start: it exited with status 1 after ")
+    assert "It said: ModuleNotFoundError: No module named 'nothing_like_this'\n" in why
+    assert "worker-0 did not start: it was ended by SIGKILL (by hand, or" in await failure(
+        program(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    )
 
 
+async def test_a_transient_failure_is_tried_again_and_another_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lib.program, "FIRST_WAIT", 0.05)
+    count = tmp_path / "count"
+    code = (
+        SERVICE
+        + f"""
+def make():
+    with open({str(count)!r}, "a") as file: file.write("x")
+    if len(open({str(count)!r}).read()) < 3: raise OSError("Connection reset by peer")
+    return Service()
+serve(make)
+"""
+    )
+    async with child(tmp_path, code):
+        assert count.read_text() == "xxx"
+    count.write_text("")
+    assert "Connection reset" in await failure(program(tmp_path, code, attempts=1))
+    assert count.read_text() == "x"
+    count.write_text("")
+    await failure(program(tmp_path, code.replace("Connection reset", "Something else")))
+    assert count.read_text() == "x"
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    code = SERVICE + "def make():\n    print('here', flush=True)\n    time.sleep(60)\nserve(make)"
+    starting = asyncio.ensure_future(start(program(tmp_path, code)))
+    log = tmp_path / "worker-0.log"
+    assert await until(lambda: log.exists() and "here" in log.read_text())
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert family(os.getpid()) == {os.getpid()}
+
+
+# the end --------------------------------------------------------------------------------------------------------------
 async def test_close_lets_the_service_close_and_leaves_no_process(tmp_path: Path) -> None:
     async with child(tmp_path) as client:
         grandchild = await client.call("grandchild")
@@ -275,7 +362,7 @@ async def test_close_lets_the_service_close_and_leaves_no_process(tmp_path: Path
     assert failure.value.kind in ("closed", "deadline")
     with pytest.raises(RpcError, match="worker-0 is closed"):
         await client.call("echo", 1)
-    assert not await until(lambda: is_there(client._guard.pid), 0.1)
+    assert family(os.getpid()) == {os.getpid()}
 
 
 async def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
@@ -288,11 +375,11 @@ async def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path) ->
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from lib.rpc import start
+from lib.rpc import Child, start
 
 async def main():
-    client = start([sys.executable, "-c", sys.argv[1]], "worker-0", Path(sys.argv[2]))
-    await client.ready()
+    child = Child(name="worker-0", command=[sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]))
+    client = await start(child)
     print(client.pid, await client.call("grandchild"), flush=True)
     await asyncio.sleep(60)
 

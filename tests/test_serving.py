@@ -30,9 +30,9 @@ from lib.config.training import VllmSection
 from lib.engine import ADVICE, Served, memory_arguments, program, tool_parser, vllm_arguments
 from lib.evaluate import evaluate_run
 from lib.generate import Chat, end_ids, local_sample
-from lib.hosts import explain
 from lib.keeper import family
 from lib.prepare import prepare
+from lib.program import explain
 from lib.rollout import UnscoredLimitError
 from lib.runfolder import Run, open_run, read_lines
 from lib.serving import ServingError, base_of, result_of

@@ -155,7 +155,7 @@ def test_tensors_are_read_from_the_file_as_they_were_written(tmp_path: Path) -> 
 
 
 # versions -------------------------------------------------------------------------------------------------------------
-def test_the_newest_two_versions_stay_and_an_older_ones_file_is_written_over(tmp_path: Path) -> None:
+def test_the_newest_two_steps_stay_and_an_older_ones_file_is_written_over(tmp_path: Path) -> None:
     model, weights = tiny(), tmp_path / "weights"
     inodes = []
     for version in range(1, 6):
@@ -167,6 +167,24 @@ def test_the_newest_two_versions_stay_and_an_older_ones_file_is_written_over(tmp
             number = int(left.name[2:])
             check(Release(number, number, "reload", str(left)), RUN)
     assert inodes[2:] == inodes[:3]
+
+
+def test_what_workers_need_by_several_methods_stays_for_two_steps_and_a_repetition_does_not(tmp_path: Path) -> None:
+    model, weights = with_adapter(tiny()), tmp_path / "weights"
+    methods: list[Method] = ["lora", "reload", "checkpoint"]
+    for step in range(1, 4):
+        train(model)
+        of_step = [
+            publish(model, weights, version=3 * step + number, step=step, method=method, run=RUN)
+            for number, method in enumerate(methods)
+        ]
+        for release in of_step:
+            check(release, RUN)
+        first = max(3, 3 * (step - 1))
+        assert [path.name for path in versions(weights)] == [f"v-{n}" for n in range(first, 3 * step + 3)]
+    again = publish(model, weights, version=12, step=3, method="reload", run=RUN)  # a run that was killed goes on
+    check(again, RUN)
+    assert [path.name for path in versions(weights)] == [f"v-{n}" for n in (6, 7, 8, 9, 11, 12)]
 
 
 def test_a_publication_that_was_cut_short_is_no_version_and_is_cleared_away(

@@ -3,7 +3,7 @@
 Owns the trainer's thread and the client's side of it. Must not know tasks, rollouts, or where processes run. Optimizer,
 scheduler, clipping, KL, losses and accumulation are TRL's.
 
-    client = lib.rpc.start(command(run.folder), "actor", log)
+    client = await lib.rpc.start(Child(name="actor", command=command(run.folder), log=log))
     actor = RemoteActor(client, config)                             # a lib.roles.ActorRole
     state = await actor.initialize()
 

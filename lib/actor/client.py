@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lib.config import Config
 from lib.models import OUT_OF_MEMORY_KNOBS
 from lib.roles import ActorError, ActorState, Canary, Method, Release, StepReport
-from lib.rpc import Client, RpcError
+from lib.rpc import RpcError
 
 _GRACE, _TRACKED_GRACE = 10.0, 70.0
 """Seconds until a child that does not close is ended; a tracker may still have figures to send."""
@@ -25,13 +25,22 @@ def command(folder: str | Path) -> list[str]:
     return [sys.executable, "-m", "lib.actor", str(folder)]
 
 
+class Asked(Protocol):
+    """What asks: lib.rpc's Client, or a container's."""
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Raises RpcError."""
+
+    async def close(self, grace: float) -> None: ...
+
+
 class RemoteActor:
     """A lib.roles.ActorRole. Where the child is lost (it died or hung) this call and every later one raises ActorError.
 
     A call that is given up leaves the child at work; `close` ends it in any case.
     """
 
-    def __init__(self, client: Client, config: Config) -> None:
+    def __init__(self, client: Asked, config: Config) -> None:
         self._client, self._config = client, config
 
     async def initialize(self) -> ActorState:
@@ -40,9 +49,11 @@ class RemoteActor:
     async def train_step(self, batch: dict[str, Any]) -> StepReport:
         return StepReport(**await self._call("train_step", batch))
 
-    async def publish(self, version: int, method: Method) -> tuple[Release, Canary]:
-        published = await self._call("publish", version, method)
-        return Release(**published["release"]), Canary(**published["canary"])
+    async def publish(self, version: int, method: Method) -> Release:
+        return Release(**await self._call("publish", version, method))
+
+    async def canary(self, version: int) -> Canary:
+        return Canary(**await self._call("canary", version))
 
     async def save_checkpoint(self, logs: dict[str, int] | None = None) -> str:
         return str(await self._call("save_checkpoint", logs))

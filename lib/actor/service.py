@@ -90,6 +90,7 @@ class Actor:
         self._model = ""
         self._trainer: Any = None
         self._canaries: list[list[int]] = []
+        self._published: Release | None = None
         self._thread = threading.Thread(target=self._live, name="trainer", daemon=True)
 
     def initialize(self) -> dict[str, Any]:
@@ -115,9 +116,14 @@ class Actor:
         return report._asdict()
 
     def publish(self, version: int, method: Method) -> dict[str, Any]:
-        """Write the current weights as a version: {"release": a Release, "canary": a Canary}."""
-        release, canary = self._ask(lambda: self._publish(version, method), "publishing weights")
-        return {"release": release._asdict(), "canary": canary._asdict()}
+        """Write the current weights as a version; a Release."""
+        release: Release = self._ask(lambda: self._publish(version, method), "publishing weights")
+        return release._asdict()
+
+    def canary(self, version: int) -> dict[str, Any]:
+        """What the current weights, published as this version, say about the canaries; a Canary."""
+        canary: Canary = self._ask(lambda: self._canary(version), "answering canaries")
+        return canary._asdict()
 
     def save_checkpoint(self, logs: Mapping[str, int] | None = None) -> str:
         """A complete checkpoint of the current step; its folder. `logs`: see ActorRole."""
@@ -267,12 +273,11 @@ class Actor:
             self._saved = complete_checkpoint(self._run, self._step, logs, actor={"consumed": self._consumed})
         return self._saved
 
-    def _publish(self, version: int, method: Method) -> tuple[Release, Canary]:
-        """The weights as a folder, and what they say about the canaries: with dropout off, drawing no random numbers.
+    def _publish(self, version: int, method: Method) -> Release:
+        """The weights as a folder.
 
         Memory beyond the model: a few merged weights at a time for `reload` and `volume`, the adapter for `lora`; for
-        `checkpoint`, and where transformers renames weights (experts), one merged copy of all weights. And the logits
-        of the canaries: some 70 tokens times the vocabulary, in float32, twice.
+        `checkpoint`, and where transformers renames weights (experts), one merged copy of all weights.
         """
         config, trainer = self._run.config, self._trainer
         release = publish(
@@ -286,7 +291,18 @@ class Actor:
             # Weights that are all trained are float32 here, for small updates; workers serve the model's own type.
             dtype=None if config.lora.enabled else models.torch_dtype(config.model),
         )
-        return release, canary_of(trainer.model, version, self._canaries)
+        self._published = release
+        return release
+
+    def _canary(self, version: int) -> Canary:
+        """With dropout off, drawing no random numbers. Memory: the logits of some 40 tokens, in float32, twice."""
+        published = self._published
+        if published is None or (published.version, published.step) != (version, self._step):
+            last = f"version {published.version} of step {published.step}" if published else "none"
+            raise ActorError(
+                f"the canary of weights version {version} is asked for at step {self._step}; published last: {last}"
+            )
+        return canary_of(self._trainer.model, version, self._canaries)
 
 
 def _canary_lengths(config: Config, model: PreTrainedModel) -> tuple[int, int]:

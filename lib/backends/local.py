@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import WorkbenchError, models, without
-from lib.config import Config
+from lib import WorkbenchError, models, program, without
+from lib.config import Config, SamplingSection
+from lib.engine import ADVICE, vllm_environment
 from lib.generate import Chat, Sample, batched, chat_of, check_turns
 from lib.patience import Patience
 from lib.rollout import check_unscored, collect
@@ -66,12 +71,8 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
         check_turns(chat, rows[kept[0]])
     checkpoint = last_checkpoint(run)
     run.cut_logs(json.loads((checkpoint / "logs.json").read_text()) if checkpoint else {})
-    if config.sampling.engine == "vllm":
-        logger.info(
-            "engine: starting vLLM, which takes %.0f %% of the GPU's memory; the first start takes minutes",
-            100 * config.sampling.vllm.memory_share,
-        )
-    trainer = make_trainer(config, model, tokenizer, kept, run)
+    with _engine(config.sampling):
+        trainer = make_trainer(config, model, tokenizer, kept, run)
     trainer.source = RolloutSource(config, task, rows, chat, run)
     trainer.add_callback(_callbacks(run, trainer, stop))
     if checkpoint:
@@ -131,6 +132,37 @@ class RolloutSource:
         if self.config.sampling.engine == "vllm":
             return sample
         return within_room(ask, self.config.sampling.completion_limit, self.chat.room, self.chat.end_ids)
+
+
+@contextmanager
+def _engine(sampling: SamplingSection) -> Iterator[None]:
+    """While TRL makes a trainer: the vLLM engine that it starts in this process is as configured, and a failure of it
+    reads like that of an engine in a process of its own (lib/hosts.py, lib/rpc). There it cannot be: its weights are
+    handed over within the memory of the GPU."""
+    if sampling.engine != "vllm":
+        yield
+        return
+    ours = sampling.vllm
+    logger.info(
+        "engine: starting vLLM, which takes %.0f %% of the GPU's memory; the first start takes minutes",
+        100 * ours.memory_share,
+    )
+    os.environ.update(vllm_environment())
+    from trl.generation import vllm_generation
+
+    original: Any = vllm_generation.LLM
+    configured = partial(original, enforce_eager=ours.enforce_eager, block_size=ours.block_size)
+    vllm_generation.LLM = configured
+    try:
+        yield
+    except Exception as error:  # whatever vLLM raises
+        if isinstance(error, WorkbenchError):
+            raise
+        said = "".join(traceback.format_exception(error)).splitlines()
+        cause = program.explain(said, ADVICE) or f" It said: {type(error).__name__}: {error}"
+        raise LocalError(f"vLLM did not start in this process.{cause}") from error
+    finally:
+        vllm_generation.LLM = original
 
 
 def _check_machine(config: Config) -> None:

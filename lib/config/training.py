@@ -59,16 +59,16 @@ class LoraSection(Section):
 
 
 class VllmSection(Section):
-    """The vLLM engine: as `sampling.engine: vllm` starts it, and `python -m lib.run serve`."""
+    """The vLLM engine: as `sampling.engine: vllm`, rollout workers and `python -m lib.run serve` start it."""
 
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of the GPU's memory; what trains needs the rest."""
     max_length: Count | None = None
     """Tokens of prompt and answers together; None = as long as the model allows."""
     enforce_eager: bool = True
-    """Without CUDA graphs: a quicker start, slower answers. Served models only; TRL decides when training."""
+    """Without CUDA graphs: a quicker start, slower answers."""
     block_size: Count | None = None
-    """Tokens of a block of the KV cache; None = vLLM's choice. Served models only."""
+    """Tokens of a block of the KV cache; None = vLLM's choice."""
     tool_calls: bool = True
     """Answers with tool calls are parsed where a parser is known for the model. Served models only."""
     tool_parser: str | None = None

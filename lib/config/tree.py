@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from lib.config.distributed import DistributedSection
+from lib.config.distributed import DistributedSection, RolesSection
 from lib.config.evaluation import EvaluationSection
 from lib.config.section import Positive, Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
@@ -76,6 +76,8 @@ class ModalSection(Section):
     """Names of Modal secrets that the run needs."""
     packages: tuple[str, ...] = ()
     """More packages for the image, pinned: name==version."""
+    roles: RolesSection = RolesSection()
+    """`backend: distributed`: the containers of the actor and of each worker."""
 
     @field_validator("gpu")
     @classmethod

@@ -8,13 +8,13 @@ Owns that order. Must not know what the actor does, or where it runs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from lib.config.distributed import DistributedSection
 from lib.orchestrator.events import Events
 from lib.orchestrator.life import Target
-from lib.roles import ActorError, ActorRole, ActorState, Method, StepReport
+from lib.roles import ActorError, ActorRole, ActorState, Canary, Method, Release, StepReport
 
 T = TypeVar("T")
 
@@ -55,24 +55,50 @@ class ActorDesk:
             finally:
                 training.cancel()
 
-    async def publish(self, method: Method, known: Callable[[Method], Target | None] = lambda _: None) -> Target:
-        """Have the weights written under a new version number, unless `known` has them once the actor is free."""
+    async def publish(
+        self,
+        methods: Iterable[Method],
+        known: Callable[[Method], Target | None],
+        written: Callable[[dict[Method, Target]], None],
+    ) -> None:
+        """Have the weights written by these methods, each under a new version number, and proven by one canary.
+
+        What `known` has once the actor is free is taken as it is. `written` gets all of them as soon as they can be
+        loaded: the actor says what its canary is meanwhile, and trains no more before it has.
+        """
         async with self._free:
-            found = known(method)
-            if found:
-                return found
-            self._version += 1
-            version, began = self._version, self._events.now()
-            self._events.add(ACTOR, "publish", version=version, method=method)
-            self._events.flush()  # no later attempt may give other weights this number
-            release, canary = await self._ask(lambda: self._role.publish(version, method), "sync_deadline")
-            if not release.version == canary.version == version:
-                raise ActorError(
-                    f"asked for weights version {version}, it wrote {release.version} with canaries of {canary.version}"
-                )
-            seconds = round(self._events.now() - began, 4)
-            self._events.add(ACTOR, "published", version=version, step=release.step, method=method, seconds=seconds)
-            return Target(release, canary)
+            targets = {method: known(method) for method in methods}
+            canary: asyncio.Future[Canary] = asyncio.get_running_loop().create_future()
+            for method in [method for method, target in targets.items() if target is None]:
+                targets[method] = Target(await self._write(method), canary)
+            found = {method: target for method, target in targets.items() if target}
+            written(found)
+            try:
+                new = [target.release.version for target in found.values() if target.said is canary]
+                if new:
+                    canary.set_result(await self._canary(new[-1]))
+            finally:
+                canary.cancel()  # where there is none, whoever waits for it need not go on
+
+    async def _write(self, method: Method) -> Release:
+        self._version += 1
+        version, began = self._version, self._events.now()
+        self._events.add(ACTOR, "publish", version=version, method=method)
+        self._events.flush()  # no later attempt may give other weights this number
+        release = await self._ask(lambda: self._role.publish(version, method), "sync_deadline")
+        if release.version != version:
+            raise ActorError(f"asked for weights version {version}, it wrote {release.version}")
+        seconds = round(self._events.now() - began, 4)
+        self._events.add(ACTOR, "published", version=version, step=release.step, method=method, seconds=seconds)
+        return release
+
+    async def _canary(self, version: int) -> Canary:
+        began = self._events.now()
+        canary = await self._ask(lambda: self._role.canary(version), "sync_deadline")
+        if canary.version != version:
+            raise ActorError(f"asked for the canary of weights version {version}, it gave one of {canary.version}")
+        self._events.add(ACTOR, "canary", version=version, seconds=round(self._events.now() - began, 4))
+        return canary
 
     async def save_checkpoint(self, logs: dict[str, int]) -> str:
         """A complete checkpoint; `logs`: the run's log sizes as of this step."""

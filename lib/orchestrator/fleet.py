@@ -20,7 +20,7 @@ from lib.roles import Method
 if TYPE_CHECKING:
     from lib.config.distributed import DistributedSection
     from lib.orchestrator.events import Events
-    from lib.roles import Canary, Worker
+    from lib.roles import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +42,16 @@ class Fleet:
         dtype: str,
         events: Events,
         start_worker: Callable[[str], Awaitable[Worker]],
-        publish: Callable[[Method], Awaitable[Target]],
+        publish: Callable[[Method], Awaitable[None]],
     ) -> None:
         """`dtype`: of the weights as the workers serve them; `publish`: has the actor write its weights by a method,
-        between two steps."""
+        between two steps, and hand them to `add_targets`."""
         self.settings, self.dtype, self.events = settings, dtype, events
         self.start_worker, self._publish = start_worker, publish
         self.step: int | None = None
         """Optimizer steps that the newest weights have seen; None before the first sync."""
-        self.base: Canary | None = None
-        """What the base policy says about the canaries: a process that was just started holds it."""
+        self.base: Target | None = None
+        """The base policy: a process that was just started holds it."""
         self.sync_seconds: dict[str, float] = {}
         """By worker, how long its last load took."""
         self.serves = asyncio.Event()
@@ -71,11 +71,16 @@ class Fleet:
         wanted = {slot.method for slot in self.slots if not slot.given_up}
         return {method for method in wanted if SAME_FILES.get(method) not in wanted}
 
+    def announce(self) -> None:
+        """Newer weights are being written."""
+        for slot in self.slots:
+            slot.weights_ahead()
+
     def set_targets(self, targets: Mapping[Method, Target]) -> None:
         """From now on, new turns are sampled from these weights only, by workers that have proven them."""
         self._targets = dict(targets)
         if self.step is None:
-            self.base = next((target.canary for target in targets.values() if target.release.step == 0), None)
+            self.base = next((target for target in targets.values() if target.release.step == 0), None)
         self.step = min(target.release.step for target in targets.values())
         for slot in self.slots:
             slot.new_weights()
@@ -91,11 +96,13 @@ class Fleet:
 
     async def target(self, method: Method) -> Target:
         """The newest weights by this method; written for it where nobody needed them this way before."""
-        return self.known(method) or await self._publish(method)
+        while (known := self.known(method)) is None:  # newer weights may have become due meanwhile
+            await self._publish(method)
+        return known
 
-    def add_target(self, target: Target) -> None:
+    def add_targets(self, targets: Mapping[Method, Target]) -> None:
         """The same weights, or newer ones, written in one more way."""
-        self._targets[target.release.method] = target
+        self._targets |= targets
 
     def is_newest(self, target: Target) -> bool:
         return self.step is not None and target.release.step >= self.step

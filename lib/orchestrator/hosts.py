@@ -29,5 +29,9 @@ class Hosts(Protocol):
         nothing of it is left.
         """
 
+    @property
+    def preempted(self) -> bool:
+        """Whether the actor was lost through no fault of its own: then the training goes on with another one."""
+
     async def close(self) -> None:
         """End whatever is still running."""

@@ -31,7 +31,12 @@ class Target(NamedTuple):
     """Weights that workers should serve, and what proves them."""
 
     release: Release
-    canary: Canary
+    said: asyncio.Future[Canary]
+    """What the actor says about the canaries, while workers load; cancelled where it never will."""
+
+    async def canary(self) -> Canary:
+        """The same, waited for. Weights that were written in several ways at once share it."""
+        return (await asyncio.shield(self.said))._replace(version=self.release.version)
 
 
 class LostError(RuntimeError):
@@ -41,8 +46,12 @@ class LostError(RuntimeError):
 class Life:
     """A worker whose weights were proven. Once it is lost it stays so: the worker begins another life, if any."""
 
-    def __init__(self, name: str, worker: Worker, number: int, events: Events, deadline: float) -> None:
+    def __init__(
+        self, name: str, worker: Worker, number: int, events: Events, deadline: float, max_length: int
+    ) -> None:
         self.name, self.worker, self.number = name, worker, number
+        self.max_length = max_length
+        """Tokens of a prompt and its answer together that its engine takes: what a config asks for may be more."""
         self.playing = 0
         """Rollouts that hold one of its places."""
         self.turns = 0

@@ -59,7 +59,7 @@ class Play:
         return self._previous
 
     def _room(self, prompt: Sequence[int]) -> int:
-        room = min(self._sampling.max_tokens, self._chat.room(prompt))
+        room = min(self._sampling.max_tokens, self._chat.room(prompt), self._life.max_length - len(prompt))
         if room < 1:
             raise OutOfRoomError
         return room

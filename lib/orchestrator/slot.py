@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from lib.orchestrator.life import Life, Target
-from lib.roles import FALLBACK, Canary, Method, Proof, RefusedError, Worker, WorkerError
+from lib.roles import FALLBACK, Canary, Facts, Method, Proof, RefusedError, Worker, WorkerError
 from lib.sync import compare
 
 if TYPE_CHECKING:
@@ -48,10 +48,15 @@ class Slot:
         self.generated = 0
         """Tokens sampled by earlier lives since the last look."""
         self._worker: Worker | None = None
+        self._facts: Facts
+        """Of this worker's engine."""
         self._held: Target | None = None
         """What this process has loaded and was proven to hold."""
-        self._before: Canary | None = None
-        """What this process would still answer where it had not followed."""
+        self._before: Target | None = None
+        """What this process would still serve where it had not followed."""
+        self._ahead = False
+        self._looked: Target | None = None
+        """What it was asked for last as the weights that it had proven before."""
         self._lives = self._losses = 0
         self._suspect = ""
         """Why its last life ended, until it has proven itself again."""
@@ -77,6 +82,11 @@ class Slot:
             self.life.pause()
         self.wake.set()
 
+    def weights_ahead(self) -> None:
+        """Newer weights are being written: what has to be asked before they are loaded can be asked meanwhile."""
+        self._ahead = True
+        self.wake.set()
+
     def take_tokens(self) -> int:
         """Tokens sampled here since the last call."""
         tokens, self.generated = self.generated, 0
@@ -93,6 +103,9 @@ class Slot:
             self.wake.clear()
             if self.life and self.life.lost:
                 self._note_loss(self.life.lost)
+            if self._ahead and self.life and self.life.serving:
+                await self._ask_before(self.life.serving)
+            self._ahead = False
             if self._fleet.step is not None and (self.life is None or self.life.serving is None):
                 await self._sync()
 
@@ -103,8 +116,13 @@ class Slot:
         self._events.add(self.name, "start")
         starting = self._fleet.start_worker(self.name)
         self._worker = await _within(self._settings.start_deadline, starting, "its start", "start_deadline")
+        self._facts = await _within(
+            self._settings.canary_deadline, self._worker.facts(), "its facts", "canary_deadline"
+        )
         self._before = self._fleet.base
-        self._events.add(self.name, "ready", seconds=round(self._events.now() - began, 3))
+        self._events.add(
+            self.name, "ready", seconds=round(self._events.now() - began, 3), max_length=self._facts.max_length
+        )
         self.wake.set()
 
     # weights ----------------------------------------------------------------------------------------------------------
@@ -132,12 +150,12 @@ class Slot:
     async def _bring(self, target: Target, ask_before: bool) -> Proof:
         """Load these weights, unless they were proven here before, and compare canaries."""
         assert self._worker is not None
-        release, canary = target
+        release = target.release
         with self._events.at_work(self.name):
             loaded = self._held is not None and self._held.release.version == release.version
             if not loaded:
-                if ask_before:
-                    await self._ask_before(target)
+                if ask_before and (self._held is None or self._looked is not self._held):
+                    await self._ask_before(self._held or target)
                 if self.life:
                     await self.life.quiet()
                 self._held = None
@@ -156,10 +174,12 @@ class Slot:
                     seconds=seconds,
                 )
                 self._fleet.sync_seconds[self.name] = seconds
-            proof = await self._ask(canary, self._before)
-        self._note_proof(target, proof)
+            canary, before = await target.canary(), self._before
+            began = self._events.now()
+            proof = await self._ask(canary, await before.canary() if before else None)
+        self._note_proof(target, proof, self._events.now() - began)
         if proof.holds:
-            self._held, self._before = target, canary
+            self._held = self._before = target
             return proof
         if loaded:
             self._fleet.revoke(self.name, release.version, proof.why)
@@ -168,8 +188,8 @@ class Slot:
 
     async def _ask_before(self, target: Target) -> None:
         """One canary before the sync. Where it no longer holds what it had proven, those turns do not count."""
-        held = self._held
-        canary = held.canary if held else target.canary
+        held = self._looked = self._held
+        canary = await target.canary()
         proof = await self._ask(canary._replace(prompts=canary.prompts[:1], logprobs=canary.logprobs[:1]))
         if held and not proof.holds:
             self._fleet.revoke(self.name, held.release.version, proof.why)
@@ -180,10 +200,10 @@ class Slot:
         answered = await _within(limit, self._worker.canary(canary.prompts), "its canaries", "canary_deadline")
         return compare(canary, answered, self._settings.tolerance, before, self._fleet.dtype)
 
-    def _note_proof(self, target: Target, proof: Proof) -> None:
+    def _note_proof(self, target: Target, proof: Proof, seconds: float) -> None:
         worst = proof.worst if math.isfinite(proof.worst) else None
         facts = {"version": proof.version, "method": target.release.method, "holds": proof.holds, "worst": worst}
-        self._events.add(self.name, "proof", **facts, why=proof.why)
+        self._events.add(self.name, "proof", **facts, seconds=round(seconds, 4), why=proof.why)
 
     def _serve(self, target: Target) -> None:
         if self.life and self.life.lost:
@@ -196,7 +216,8 @@ class Slot:
         if self.life is None:
             self._lives += 1
             assert self._worker is not None
-            self.life = Life(self.name, self._worker, self._lives, self._events, self._settings.turn_deadline)
+            deadline, most = self._settings.turn_deadline, self._facts.max_length
+            self.life = Life(self.name, self._worker, self._lives, self._events, deadline, most)
             self.life.on_loss = self.wake.set
         self.life.serve(target)
         self._fleet.now_serves(self.life, target)

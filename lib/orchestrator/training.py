@@ -24,7 +24,6 @@ from lib.orchestrator.events import Events, last_version
 from lib.orchestrator.fleet import Fleet
 from lib.orchestrator.generation import SCORING, Generation, Policy
 from lib.orchestrator.hosts import Hosts
-from lib.orchestrator.life import Target
 from lib.orchestrator.order import DataOrder
 from lib.orchestrator.plan import Plan
 from lib.orchestrator.resume import cut_back
@@ -276,15 +275,13 @@ class Training:
 
     async def _sync(self) -> None:
         """Have the weights written; the workers load and prove them while training goes on."""
+        self._fleet.announce()
         known = partial(self._fleet.known, step=self._step)
-        targets = {method: await self._actor.publish(method, known) for method in sorted(self._fleet.methods)}
-        self._fleet.set_targets(targets)
+        await self._actor.publish(sorted(self._fleet.methods), known, self._fleet.set_targets)
 
-    async def _publish_for_one(self, method: Method) -> Target:
+    async def _publish_for_one(self, method: Method) -> None:
         """The weights in one more way, for a worker that could not prove them in the way it had them."""
-        target = await self._actor.publish(method, self._fleet.known)
-        self._fleet.add_target(target)
-        return target
+        await self._actor.publish([method], self._fleet.known, self._fleet.add_targets)
 
     # ends -------------------------------------------------------------------------------------------------------------
     @property

@@ -2,8 +2,9 @@
 
 Owns the engine, its queue of calls, and the client's side of them. Must not know tasks or where processes run.
 
-    client = lib.rpc.start(command(settings), "worker-0", log, environment(threads=1))
-    await client.ready(within=900)
+    client = await lib.rpc.start(
+        Child(name="worker-0", command=command(settings), environment=environment(), log=log, advice=ADVICE)
+    )
     worker = RemoteWorker(client)                                   # a lib.roles.Worker
 
     python -m lib.rollout_worker '{"run": "x", "model": "outputs/x/model"}'     # as a child of lib.rpc

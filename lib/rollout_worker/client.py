@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from lib.roles import RefusedError, Release, Sampled, Sampling, WorkerError
+from lib.roles import Facts, RefusedError, Release, Sampled, Sampling, WorkerError
 from lib.rpc import RpcError
 
 
@@ -50,9 +50,8 @@ class RemoteWorker:
         answer: list[list[float]] = await self._call("canary", [list(prompt) for prompt in prompts])
         return answer
 
-    async def facts(self) -> dict[str, Any]:
-        """Version, block_size, max_length, dtype, gpu."""
-        return dict(await self._call("facts"))
+    async def facts(self) -> Facts:
+        return Facts(**await self._call("facts"))
 
     async def close(self) -> None:
         await self._asked.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,11 @@ class Engine:
         ours = self.settings
         where: dict[str, Any] = {"gpu_memory_utilization": ours.memory_share, "enable_sleep_mode": True}
         if not self.on_gpu:
-            where = {"kv_cache_memory_bytes": int(ours.cpu_cache_gib * 2**30)}
+            asked = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+            # A prompt that is computed in pieces breaks vLLM's engine where its turn has a seed (0.31: it takes back
+            # what a piece has drawn, which generators of random numbers can only do on a GPU).
+            where = {"kv_cache_memory_bytes": int(float(asked or ours.cpu_cache_gib) * 2**30),
+                     "enable_chunked_prefill": False}  # fmt: skip
         adapter = {"enable_lora": True, "max_lora_rank": _rank(ours.lora_rank), "max_loras": 1, "max_cpu_loras": 2}
         return {
             "model": folder or ours.model,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel
 
 from lib.config import Config
+from lib.engine import vllm_environment
 from lib.sync import BLOCK
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -72,17 +72,16 @@ def command(settings: EngineSettings) -> list[str]:
     return [sys.executable, "-m", "lib.rollout_worker", settings.model_dump_json()]
 
 
-def environment(threads: int | None = None) -> Mapping[str, str]:
-    """What a worker's process is started with beside this one's own; `threads`: of its computing on a CPU."""
-    names = dict(ENVIRONMENT)
-    return names if threads is None else names | {"OMP_NUM_THREADS": str(threads)}
+def environment() -> dict[str, str]:
+    """What a worker's process is started with beside this one's own."""
+    return {**vllm_environment(), **_IN_PROCESS, **_MEMORY}
 
 
-ENVIRONMENT = {
+_IN_PROCESS = {
     # The engine in this process, stepped by one thread: calls reach it without a socket in between.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Asked for its own address, vLLM looks for a way to the internet.
-    "VLLM_HOST_IP": "127.0.0.1",
+}
+_MEMORY = {
     # A reload on a CPU makes every layer anew. Memory that a layer gave back serves the next one (up to 4 GiB of it),
     # and fresh memory comes in large pages: measured, it takes half the time and varies less.
     "GLIBC_TUNABLES": ":".join(
@@ -94,4 +93,4 @@ ENVIRONMENT = {
 
 def set_environment() -> None:
     """The same in this process, as far as it is not too late."""
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name != "GLIBC_TUNABLES"})
+    os.environ.update({**vllm_environment(), **_IN_PROCESS})

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from lib.roles import Release, Sampled, Sampling
+from lib.roles import Facts, Release, Sampled, Sampling
 from lib.rollout_worker.engine import Engine, EngineError, begin_canary, read_canary, sampling_parameters
 from lib.rollout_worker.settings import EngineSettings
 from lib.sync import SyncError, check
@@ -129,15 +129,9 @@ class RolloutWorker:
         return list(await self._ask(_Canaries(prompts)))
 
     def facts(self) -> dict[str, Any]:
-        """What the orchestrator has to know of the engine."""
+        """What the engine came to be; the fields of Facts."""
         engine = self._working()
-        return {
-            "version": self._version,
-            "block_size": engine.block_size,
-            "max_length": engine.max_length,
-            "dtype": self.settings.dtype,
-            "gpu": engine.on_gpu,
-        }
+        return Facts(self._version, engine.max_length, engine.block_size, self.settings.dtype, engine.on_gpu)._asdict()
 
     def close(self) -> None:
         """End the thread and free the engine; what has not been answered fails."""

@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import json
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -93,7 +92,7 @@ class _Server:
                     self._running[message["cancel"]].cancel()
                 continue
             self._running[message["id"]] = self._loop.create_task(self._call(making, message))
-        end_group()
+        os._exit(1)  # the parent is gone: whatever this process does or has started is for nobody
 
     async def _call(self, making: asyncio.Task[Any], message: Mapping[str, Any]) -> None:
         number = message["id"]
@@ -123,7 +122,7 @@ class _Server:
 
     async def _beat(self) -> None:
         while True:
-            self.say({"beat": True})
+            self.say({"beat": os.getpid()})
             await asyncio.sleep(BEAT_SECONDS)
 
     def say(self, message: Mapping[str, Any]) -> None:
@@ -142,9 +141,3 @@ def _method(service: Any, name: str) -> Callable[..., Any]:
         return refuse
     found: Callable[..., Any] = getattr(service, name)
     return found
-
-
-def end_group() -> None:
-    """The parent is gone: end this process and all that it started, where the group is its own."""
-    if os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """The parent's end: start a child, ask it, and tell every pending call at once when it is lost.
 
-Owns the child's life: its process group, its log, its end. Must not know what is called.
+Owns the wire's end here, and when a child counts as lost; its process is lib/program.py's. Must not know what it does.
 
-    python -c "from pathlib import Path; from lib.rpc.client import last_lines; print(last_lines(Path('LICENSE'), 3))"
+    python -c "from lib.rpc.client import Client; help(Client)"
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ import contextlib
 import itertools
 import json
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from lib import PROJECT_ROOT, WorkbenchError
+from lib import WorkbenchError
 from lib.log import scrub
+from lib.program import POLL, NotUpError, Process, Program
 from lib.rpc.wire import BEAT_SECONDS, LONGEST_LINE, WIRE
 
 logger = logging.getLogger(__name__)
@@ -34,16 +31,6 @@ KINDS = ("died", "hung", "rubbish", "closed", "deadline")
 _DRAIN_SECONDS = 2.0
 """How long an end of the wire and the end of its process may lie apart."""
 
-# Holds the child's process group, and ends it when the parent is gone: a child that hangs could not do it itself.
-_GUARD = """
-import os, signal, sys
-if not os.read(0, 1):
-    try:
-        os.killpg(int(sys.argv[1]), signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-"""
-
 
 class RpcError(WorkbenchError, RuntimeError):
     """A call was not answered. `kind`: one of KINDS, or the class name of what the service raised."""
@@ -53,71 +40,86 @@ class RpcError(WorkbenchError, RuntimeError):
         self.kind = kind
 
 
-def start(command: Sequence[str], name: str, log: Path, environment: Mapping[str, str] | None = None) -> Client:
-    """Start a child that serves; call it on a running event loop. `environment` is added to this process's own."""
-    ours, theirs = socket.socketpair()
-    with theirs, log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=PROJECT_ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {}), WIRE: str(theirs.fileno())},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # a group of its own: all of it can be ended, and an interrupt here is not for it
-        )
-    guard = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _GUARD, str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
-    )
-    return Client(process, guard, ours, name, log)
+@dataclass(frozen=True, kw_only=True)
+class Child(Program):
+    """A child to start; it serves by `lib.rpc.serve`."""
+
+    command: Sequence[str]
+    grace: float = 1.0
+    """`Client.close` asks for the end over the wire: SIGTERM is for one that could not be asked."""
+    silence: float = 60.0
+    """Seconds without a beat after which it counts as hung."""
+
+
+async def start(child: Child) -> Client:
+    """Start a child and wait until its service is made. Raises ProgramError; cancelled, it leaves nothing running.
+
+    After a failure that may be transient it is tried again.
+    """
+    for attempt in itertools.count(1):
+        client = Client(child)
+        try:
+            while not await client.is_ready(POLL):
+                client.process.wait_on("its service")
+        except NotUpError as error:
+            await client.end()
+            await asyncio.sleep(client.process.retry(error, attempt))
+        except BaseException:
+            await client.end()
+            raise
+        else:
+            break
+    logger.info("%s: ready after %.1f s (process %d)", child.name, client.process.seconds(), client.pid)
+    return client
 
 
 class Client:
-    """One child, asked from the event loop on which it was started."""
+    """One child, asked from the event loop on which it was started. `start` makes it."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        guard: subprocess.Popen[bytes],
-        wire: socket.socket,
-        name: str,
-        log: Path,
-    ) -> None:
-        self.name, self.log, self.pid = name, log, process.pid
+    def __init__(self, child: Child) -> None:
+        self.name, self.log, self._silence = child.name, child.log, child.silence
+        self.pid = 0
+        """The child's process, once it has said so."""
         self.lost: RpcError | None = None
         """Why this child cannot be asked any more."""
-        self.silence = 60.0
-        """Seconds without a beat after which the child counts as hung."""
-        self.on_progress: Callable[[str], None] = lambda line: logger.info("%s: %s", name, line)
-        self._process, self._guard, self._wire = process, guard, wire
+        self.on_progress: Callable[[str], None] = lambda line: logger.info("%s: %s", child.name, line)
+        self._wire, theirs = socket.socketpair()
+        with theirs:
+            self.process = Process(child, child.command, {WIRE: str(theirs.fileno())}, theirs.fileno())
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._given_up: set[int] = set()
         """Calls whose caller waits no more; their one answer is still to come."""
         self._ready: asyncio.Future[None] = self._future()
-        self._ended: asyncio.Future[int] = self._future()
+        self._ended: asyncio.Future[None] = self._future()
         self._gone = asyncio.Event()
         self._heard = 0
+        self._how = ""
+        """How it ended by itself."""
         self._closing = False
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: list[bytes] = []
         self._tasks = [self._loop.create_task(self._read()), self._loop.create_task(self._watch())]
-        threading.Thread(target=self._wait, name=f"wait for {name}", daemon=True).start()
+        threading.Thread(target=self._wait, name=f"wait for {child.name}", daemon=True).start()
 
-    async def ready(self, within: float | None = None) -> None:
-        """Wait until the service is made. Raises RpcError: what making it raised, `deadline`, what lost the child."""
+    async def is_ready(self, within: float) -> bool:
+        """Whether the service is made after so many seconds at most. Raises NotUpError where it will never be."""
+        await asyncio.wait({self._ready}, timeout=within)
+        if not self._ready.done():
+            return False
         try:
-            async with asyncio.timeout(within):
-                await asyncio.shield(self._ready)
-        except TimeoutError:
-            raise RpcError("deadline", f"{self.name} was not ready within {within:g} s") from None
+            await self._ready
+        except RpcError as error:
+            if self._how:
+                raise NotUpError(f"did not start: it {self._how} after {self.process.seconds():.0f} s") from None
+            raise NotUpError("did not start", said=f"{error.kind}: {error}") from None
+        return True
 
     async def call(self, method: str, *arguments: Any, deadline: float | None = None, **named: Any) -> Any:
         """What the service's method returns. Raises RpcError; a missed `deadline` (seconds) loses this call only."""
         if self.lost:
-            raise RpcError(self.lost.kind, str(self.lost))
+            raise RpcError(self.lost.kind, str(self.lost).split("\n", 1)[0])  # those that waited were told the whole
         number, answer = next(self._ids), self._future()
         message = json.dumps({"id": number, "call": method, "args": arguments, "named": named})
         self._pending[number] = answer
@@ -146,14 +148,18 @@ class Client:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace):
                     await asyncio.shield(self._ended)
+        await self.end()
+
+    async def end(self) -> None:
+        """End the child and whatever it started, at once; again does nothing."""
+        self._closing = True
         self._lose("closed", f"{self.name} is closed")
         await asyncio.shield(self._ended)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def kill(self) -> None:
-        """End the child and its process group at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        """End the child and whatever it started, without a word to it."""
+        self.process.kill()
 
     # what comes in ----------------------------------------------------------------------------------------------------
     async def _read(self) -> None:
@@ -182,7 +188,9 @@ class Client:
         elif "ready" in message:
             if not self._ready.done():
                 self._settle(self._ready, message)
-        elif "beat" not in message:
+        elif "beat" in message:
+            self.pid = int(message["beat"])
+        else:
             raise ValueError("unknown message")
 
     def _take_answer(self, message: Mapping[str, Any], line: bytes) -> None:
@@ -207,31 +215,28 @@ class Client:
 
     # the child's life -------------------------------------------------------------------------------------------------
     def _wait(self) -> None:
-        status = self._process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # what it left behind would hold its memory, ports and our pipes
-        with contextlib.suppress(OSError):
-            self._guard.communicate(b"x")
+        self.process.wait()
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
-            self._loop.call_soon_threadsafe(self._note_end, status)
+            self._loop.call_soon_threadsafe(self._note_end)
 
-    def _note_end(self, status: int) -> None:
-        self._ended.set_result(status)
+    def _note_end(self) -> None:
+        self._ended.set_result(None)
         # Whatever holds the wire open, no more will come than what is in it now.
         self._loop.call_later(_DRAIN_SECONDS, self._bury)
 
     async def _watch(self) -> None:
         """Tell a silent child by beats missed in a row, not by the clock: this process may have slept itself."""
-        missed = 0
+        missed, pause = 0, max(self._silence / 6, BEAT_SECONDS)
         await asyncio.wait([self._ready])
         while not self.lost:
             heard = self._heard
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(self.silence / 6, BEAT_SECONDS)):
+                async with asyncio.timeout(pause):
                     await self._gone.wait()
             missed = missed + 1 if self._heard == heard else 0
-            if missed * max(self.silence / 6, BEAT_SECONDS) >= self.silence:
-                self._lose("hung", f"{self.name} (process {self.pid}) has said nothing for {self.silence:g} s")
+            if missed * pause >= self._silence:
+                what = f"(process {self.pid}) has said nothing for {self._silence:g} s"
+                self._lose("hung", self.process.report(what))
 
     def _lose(self, kind: str, message: str) -> None:
         """Fail every pending call, and end the child."""
@@ -250,17 +255,13 @@ class Client:
             self._writer.close()
 
     def _bury(self) -> None:
-        if not self.lost:
-            self._lose(*(("closed", f"{self.name} is closed") if self._closing else ("died", self._obituary())))
-
-    def _obituary(self) -> str:
-        status = self._ended.result() if self._ended.done() else None
-        how = "closed the wire" if status is None else f"ended with status {status}"
-        if status is not None and status < 0:
-            names = {one.value: one.name for one in signal.Signals}
-            cause = ": by hand, or by the kernel because memory ran out" if status == -signal.SIGKILL else ""
-            how = f"was ended by signal {-status} ({names.get(-status, 'unknown')}{cause})"
-        return "\n".join([f"{self.name} (process {self.pid}) {how}. The end of {self.log}:", *last_lines(self.log)])
+        if self.lost:
+            return
+        if self._closing:
+            self._lose("closed", f"{self.name} is closed")
+            return
+        self._how = self.process.ending() if self._ended.done() else "closed the wire"
+        self._lose("died", self.process.report(f"(process {self.pid}) has ended: it {self._how}"))
 
     def _send(self, message: str) -> None:
         line = message.encode() + b"\n"
@@ -271,15 +272,6 @@ class Client:
 
     def _future(self) -> asyncio.Future[Any]:
         return self._loop.create_future()
-
-
-def last_lines(log: Path, count: int = 20) -> list[str]:
-    """The end of a log, without secrets; [] where there is none."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 500 * count))
-        return [scrub(line) for line in file.read().decode(errors="replace").splitlines()[-count:]]
 
 
 def _short(line: bytes) -> str:

@@ -74,7 +74,7 @@ def done(figure: Figure) -> Figure:
 def whole_steps(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def smooth(values: Sequence[float]) -> list[float]:

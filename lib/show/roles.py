@@ -25,7 +25,14 @@ LIVE_SECONDS = 120.0
 """How far back the chart of who is busy goes while training runs."""
 
 _COLORS = {"actor": BLUE, "scoring": GREY}
+_LIGHT, _DARK = "#dfe2e6", "#30343a"
+_FORMS = "osD^"
+"""Marks of the sync methods."""
 _TROUBLE = ("fenced", "lost", "died", "given_up")
+_UNDER = "oldest"
+"""A line that another may lie on: a wide one."""
+_FEW = 9
+"""Points without a line between them worth looking at; names in a legend."""
 
 
 def roles(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -34,6 +41,7 @@ def roles(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]]) -> Figu
         text("One process trains alone: there are no roles to look at (backend: distributed has them).")
         return None
     table(summary(events, metrics), "Roles")
+    table(by_method(events), "Weights that were loaded, and proven")
     if troubles := [trouble for trouble in map(_told, events) if trouble]:
         table(troubles[-20:], "Fenced, lost and started again (the last 20)")
     return roles_figure(events, metrics)
@@ -63,48 +71,110 @@ def summary(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]]) -> li
     return lines
 
 
+def by_method(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """One line a sync method: how often and how quickly weights came by it, and whether they were the right ones."""
+    lines = []
+    for method in dict.fromkeys(event["method"] for event in events if event["kind"] in ("sync", "proof")):
+        own = [event for event in events if event.get("method") == method]
+        syncs = [event["seconds"] for event in own if event["kind"] == "sync"]
+        proofs = [event for event in own if event["kind"] == "proof"]
+        worst = [event["worst"] for event in proofs if event["holds"] and event["worst"] is not None]
+        lines.append(
+            {
+                "method": method,
+                "syncs": len(syncs),
+                "seconds, median": f"{statistics.median(syncs):.3f}" if syncs else "",
+                "slowest": f"{max(syncs):.3f}" if syncs else "",
+                "proofs held": f"{sum(p['holds'] for p in proofs)} of {len(proofs)}" if proofs else "",
+                "worst difference that held": f"{max(worst):.1e}" if worst else "",
+            }
+        )
+    return lines
+
+
 def roles_figure(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], last: float | None = None) -> Figure:
     """Who was busy when (of the `last` seconds), throughput by worker, staleness, and what syncs took."""
     figure, axes = new_figure(2, 2, 11, 5.6)
-    _draw_busy(axes[0], events, last)
-    steps = [m["step"] for m in metrics]
     workers = [role for role in _names(events) if role not in _COLORS]
-    for ax, title, series in (
-        (axes[1], "Tokens a second", [(f"tokens_per_second/{w}", w, _color(w, workers)) for w in workers]),
-        (axes[2], "Staleness (optimizer steps)", [("staleness/max", "oldest", RED), ("staleness/mean", "mean", BLUE)]),
-        (axes[3], "Sync (seconds, slowest worker)", [("sync/seconds", "sync", GREEN)]),
-    ):
-        for key, label, color in series:
-            values = [number(m.get(key)) for m in metrics]
-            ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-            ax.plot(steps, smooth(values), color=color, linewidth=2, label=label)
-        ax.set(title=title, xlabel="step")
-        ax.set_ylim(bottom=0)
-        whole_steps(ax)
-        if len(series) > 1:
-            ax.legend()
+    _draw_busy(axes[0], events, workers, last)
+    speeds = [(f"tokens_per_second/{worker}", worker, _color(worker, workers)) for worker in workers]
+    _draw_steps(axes[1], "Tokens a second", metrics, speeds)
+    ages = [("staleness/max", _UNDER, ORANGE), ("staleness/mean", "mean", BLUE)]
+    _draw_steps(axes[2], "Staleness (optimizer steps)", metrics, ages)
+    axes[2].set_ylim(top=max(1.1, axes[2].get_ylim()[1]))
+    _draw_syncs(axes[3], events, workers)
     return done(figure)
 
 
-def _draw_busy(ax: Axes, events: Sequence[Event], last: float | None) -> None:
+def _draw_busy(ax: Axes, events: Sequence[Event], workers: Sequence[str], last: float | None) -> None:
     names = _names(events)
-    workers = [name for name in names if name not in _COLORS]
     # The start of engines takes minutes, and would push what comes after it to the edge.
     begin, end = next((e for e in events if e["kind"] == "proof"), events[0])["time"], events[-1]["time"]
     since = max(begin, end - last) if last else begin
     for at, name in enumerate(reversed(names)):
         own = [event for event in events if event["role"] == name]
-        busy = [span for event in own if event["kind"] == "busy" for span in event["spans"] if span[1] > since]
-        spans = [(max(a, since) - begin, b - max(a, since)) for a, b in busy]
-        ax.broken_barh(spans, (at - 0.3, 0.6), facecolors=_color(name, workers))
+        for spans, height, color in (
+            (_starts(own), 0.6, _LIGHT),
+            ([span for event in own if event["kind"] == "busy" for span in event["spans"]], 0.6, _color(name, workers)),
+            ([(e["time"] - e["seconds"], e["time"]) for e in own if e["kind"] == "sync"], 0.2, _DARK),
+        ):
+            shown = [(max(a, since) - begin, b - max(a, since)) for a, b in spans if b > since]
+            ax.broken_barh(shown, (at - height / 2, height), facecolors=color)
         proofs = [e["time"] - begin for e in own if e["kind"] == "proof" and e["holds"] and e["time"] > since]
-        ax.plot(proofs, [at + 0.4] * len(proofs), "|", color=GREEN, markersize=6)
+        ax.plot(proofs, [at + 0.4] * len(proofs), "|", color=_DARK, markersize=6)
         trouble = [e["time"] - begin for e in own if e["kind"] in _TROUBLE and e["time"] > since]
-        ax.plot(trouble, [at] * len(trouble), "x", color=RED, markersize=8)
+        ax.plot(trouble, [at] * len(trouble), "x", color=RED, markersize=9, markeredgewidth=2.5)
     ax.set_yticks(range(len(names)), list(reversed(names)))
-    ax.set_xlim(since - begin, max(end - begin, since - begin + 1e-3))
-    ax.set(title="Busy (green: weights proven, red: out of service)", xlabel="seconds")
+    margin = 0.01 * max(end - since, 1e-3)
+    ax.set_xlim(since - begin - margin, end - begin + margin)
+    ax.set(title="Busy (pale: starts, dark: loads, |: proven, x: out)", xlabel="seconds")
     ax.grid(axis="y", visible=False)
+
+
+def _starts(own: Sequence[Event]) -> list[tuple[float, float]]:
+    """From every start to when it was ready, or was not to be."""
+    begun = [at for at, event in enumerate(own) if event["kind"] == "start"]
+    ends = [next((e for e in own[at:] if e["kind"] in ("ready", *_TROUBLE)), own[-1]) for at in begun]
+    return [(own[at]["time"], ended["time"]) for at, ended in zip(begun, ends, strict=True)]
+
+
+def _draw_steps(
+    ax: Axes, title: str, metrics: Sequence[Mapping[str, Any]], series: Sequence[tuple[str, str, str]]
+) -> None:
+    steps = [m["step"] for m in metrics]
+    for key, label, color in series:
+        values = [number(m.get(key)) for m in metrics]
+        ax.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+        dot, wide = "o" if len(values) < _FEW else "", 4.5 if label == _UNDER else 2.0
+        ax.plot(steps, smooth(values), color=color, linewidth=wide, marker=dot, label=label)
+    ax.set_title(title)
+    ax.set_ylim(bottom=0)
+    _along_steps(ax, steps)
+    if 1 < len(series) <= _FEW:
+        ax.legend()
+
+
+def _draw_syncs(ax: Axes, events: Sequence[Event], workers: Sequence[str]) -> None:
+    """One mark a sync: its colour is the worker's, its form the method's."""
+    syncs = [event for event in events if event["kind"] == "sync"]
+    methods = list(dict.fromkeys(event["method"] for event in syncs))
+    for method, form in zip(methods, _FORMS, strict=False):
+        own = [event for event in syncs if event["method"] == method]
+        colors = [_color(event["role"], workers) for event in own]
+        at, seconds = [event["step"] for event in own], [max(event["seconds"], 1e-4) for event in own]
+        ax.scatter(at, seconds, c=colors, marker=form, s=26)
+        ax.scatter([], [], c=GREY, marker=form, s=26, label=method)
+    ax.set(title="Seconds to load weights", yscale="log")
+    _along_steps(ax, [event["step"] for event in syncs])
+    if methods:
+        ax.legend()
+
+
+def _along_steps(ax: Axes, steps: Sequence[int]) -> None:
+    ax.set_xlabel("step")
+    if steps:
+        ax.set_xlim(min(steps) - 0.5, max(steps) + 0.5)
+    whole_steps(ax)
 
 
 def _names(events: Sequence[Event]) -> list[str]:
@@ -130,4 +200,11 @@ def _share(own: Sequence[Event]) -> str:
 def _told(event: Event) -> dict[str, Any] | None:
     if event["kind"] not in _TROUBLE:
         return None
-    return {"role": event["role"], "what": event["kind"], "weights": event.get("version", ""), "why": event["why"]}
+    then = "gets them by " + event["next"] if event.get("next") else ""
+    return {
+        "role": event["role"],
+        "what": event["kind"],
+        "weights": f"version {event['version']} by {event['method']}" if "version" in event else "",
+        "why": event["why"],
+        "then": then,
+    }

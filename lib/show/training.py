@@ -81,7 +81,7 @@ def live(
             handle = display(figure, display_id=True)
         else:
             handle.update(figure)
-        happened = events() if events and not final else ()  # at the end the notebook shows all of it, with a table
+        happened = events() if events else ()
         if happened:
             busy = roles_figure(happened, metrics, LIVE_SECONDS)
             if handle_of_roles is None:

@@ -8,12 +8,13 @@ workers or the trainer.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT = 2
-"""Versions that stay: the newest, and the one that workers serve until they have it."""
+"""Steps whose versions stay, one for every method that was asked for: the newest, and the one that workers serve until
+they have it."""
 
 WEIGHTS = "model.safetensors"
 
@@ -65,7 +67,7 @@ def publish(
     with clear_errors(folder):
         weights.mkdir(parents=True, exist_ok=True)
         partial = weights / f".v-{version}.partial"
-        _clear(weights, version, reuse=partial if method in ("reload", "volume") else None)
+        _clear(weights, version, step, method, reuse=partial if method in ("reload", "volume") else None)
         known = _WRITERS[method](model, partial, tokenizer, dtype)
         write_manifest(
             partial,
@@ -103,8 +105,8 @@ def versions(weights: Path) -> list[Path]:
     return sorted(weights.glob("v-*"), key=lambda path: int(path.name.removeprefix("v-")))
 
 
-def _clear(weights: Path, version: int, reuse: Path | None) -> None:
-    """Remove what an ended publication left, what a run left that went on from an earlier step, and the oldest.
+def _clear(weights: Path, version: int, step: int, method: Method, reuse: Path | None) -> None:
+    """Remove what an ended publication left, what a run left that went on from an earlier step, and what is old.
 
     `reuse`: where the weights file of one of them goes to be written over. Pages that are there cost a fraction.
     """
@@ -112,14 +114,33 @@ def _clear(weights: Path, version: int, reuse: Path | None) -> None:
         shutil.rmtree(left)
     known = versions(weights)
     older = [path for path in known if int(path.name.removeprefix("v-")) < version]
+    kept = _in_use(older, step, method)
     for old in known:
-        if old in older[len(older) - KEPT + 1 :]:
+        if old in kept:
             continue
         (old / NAME).unlink(missing_ok=True)  # from here on it is no version
         if reuse and not reuse.exists() and (old / WEIGHTS).is_file():
             reuse.mkdir()
             os.replace(old / WEIGHTS, reuse / WEIGHTS)
         shutil.rmtree(old)
+
+
+def _in_use(older: Sequence[Path], step: int, method: Method) -> list[Path]:
+    """Of the last KEPT steps, the one that is about to be written counted: the newest version by every method."""
+    steps, ways, kept = {step}, {(step, method)}, []
+    for folder in reversed(older):
+        try:
+            manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+            way = manifest["step"], manifest["method"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # whatever it is, nobody can load it
+        if way[0] not in steps and len(steps) == KEPT:
+            break
+        if way not in ways:
+            kept.append(folder)
+        steps.add(way[0])
+        ways.add(way)
+    return kept
 
 
 # what a folder holds, by method ---------------------------------------------------------------------------------------
