@@ -6,7 +6,7 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle verifiers lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle test-ollama-template verifiers lab check lock lock-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
@@ -45,6 +45,9 @@ test-wordle: setup ## feedback and games against TextArena 0.7.4 in an environme
 	@test -x build/wordle/bin/python || $(python) -m venv build/wordle
 	@build/wordle/bin/python -m pip install -q textarena==0.7.4 pydantic==2.14.3 pyyaml numpy
 	@PYTHONPATH=. build/wordle/bin/python tests/wordle_parity.py $(ARGS)
+
+test-ollama-template: setup ## Ollama templates of real models, and 20,000 random ones, against Go's own text/template (needs Go)
+	@PYTHONPATH=. $(python) tests/ollama_template_parity.py $(ARGS)
 
 verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests
 	@$(python) -m lib.tasks._verifiers_make classic v1

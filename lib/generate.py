@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from lib import WorkbenchError, models
+from lib import WorkbenchError, harmony, models
 from lib.calls import sendable
 from lib.config import Config, EvaluationSection
 from lib.rollout import BatchGenerate, Request
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-_CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]*<\|message\|>(.*?)<\|(?:end|return|call)\|>", re.DOTALL)
 
 Sample = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 """Prompts as ids -> (answers as ids with their end token, log-probabilities of the sampled tokens or None)."""
@@ -128,8 +125,8 @@ class Chat:
 
         It can be written as JSON in UTF-8, whatever a tool call's arguments spell out (half a surrogate pair, NaN).
         """
-        if "<|channel|>" in str(self.tokenizer.chat_template):
-            return harmony_message(str(self.tokenizer.decode(output)))
+        if harmony.speaks(self.tokenizer.chat_template):
+            return harmony.message_of(str(self.tokenizer.decode(output)))
         if getattr(self.tokenizer, "response_template", None) or getattr(self.tokenizer, "response_schema", None):
             from trl.chat_template_utils import parse_response
 
@@ -175,18 +172,6 @@ def within_limit(rows: Sequence[Row], chat: Chat, limit: int) -> list[int]:
             chat.token_limit,
         )
     return [i for i, length in enumerate(lengths) if length <= most]
-
-
-def harmony_message(text: str) -> Message:
-    """A gpt-oss answer with its channels taken apart: content = final, thinking = analysis.
-
-    Without a finished final channel the markup stays in the content, so that no scorer mistakes thoughts for an answer.
-    """
-    channels = dict(_CHANNEL.findall(text))
-    if "final" not in channels:
-        return {"role": "assistant", "content": text}
-    message = {"role": "assistant", "content": channels["final"]}
-    return message | ({"thinking": channels["analysis"]} if "analysis" in channels else {})
 
 
 def batched(chat: Chat, sample: Sample) -> BatchGenerate:
@@ -267,11 +252,11 @@ def chat_of(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 def unloaded_chat(config: Config, source: str) -> Chat:
     """The chat of a policy whose weights are not needed: for prompts, their lengths, and what the template does."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer = models.load_tokenizer(source, config.model)
     revision = config.model.revision if source == config.model.name else None
-    shape = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=config.model.trust_remote_code)
+    shape = models.load_shape(source, config.model)
     try:
         known = GenerationConfig.from_pretrained(source, revision=revision or "main").eos_token_id
     except OSError:  # a model without that file, whose end tokens are in its config
@@ -287,6 +272,9 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _with_own_end(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     listed = known if isinstance(known, list) else [known] if known is not None else []
+    if harmony.speaks(tokenizer.chat_template):  # a copy without generation_config.json would talk on after a call
+        own = tokenizer.get_vocab()
+        listed = [*listed, *(own[token] for token in harmony.END_TOKENS if token in own)]
     return sorted({*listed, tokenizer.eos_token_id})
 
 

@@ -20,8 +20,8 @@ from lib import PROJECT_ROOT, WorkbenchError, container, launch, remote
 from lib.command import Command, read_command, settings
 from lib.experiment import PROJECT, Experiment, read_experiment
 from lib.gpu import NONE
+from lib.modal_serve import define_deployment
 from lib.run import check as check_order
-from lib.schedule import define_schedule
 
 ROOT = "/root"
 """The project's place in a container; Modal puts it on Python's path."""
@@ -170,7 +170,7 @@ def define_for(command: Command | None) -> Defined:
     options = command.options
     with remote.clear_modal_errors():
         if command.verb == "deploy":
-            define_schedule(app, experiment, define)
+            define_deployment(app, experiment, define, gpu_image)
         elif command.entry == "run":
             plan = remote.make_plan(experiment, options.notebook, options.config, settings(options))
             return _with_jobs(app, app, experiment, plan, [plan.job])

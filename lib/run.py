@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lib.config import Config
     from lib.task import Task
 
-CHAIN = ("1_data_prep", "2_reward_inspection", "3_grpo_training", "4_adapter_evaluation")
+CHAIN = ("1_data_prep", "2_reward_inspection", "3_grpo_training", "4_adapter_evaluation", "5_export_and_serve")
 
 SCORELESS = frozenset({"1_data_prep"})
 """Notebooks that score nothing: they run without a judge's key."""
@@ -33,7 +33,7 @@ examples:
   python -m lib.run notebooks/3_grpo_training.ipynb configs/decisions.yaml
   python -m lib.run check sync --config configs/mrl.yaml             one part of a distributed training: rollout,
                                                                      reward, sync, checkpoints
-  python -m lib.run serve configs/decisions.yaml                     the model behind an OpenAI-compatible URL
+  python -m lib.run serve --run decisions --artifact merged           an export behind an OpenAI-compatible URL
   python -m lib.run doctor                                           what this machine has, and what is missing
 """
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("notebook", help="a notebook, `all` for the chain 1-4, `serve`, or `doctor`")
+    parser.add_argument("notebook", help="a notebook, `all` for the chain 1-5, `serve`, or `doctor`")
     parser.add_argument("config", help="a YAML file, e.g. configs/decisions.yaml")
     anything = "a notebook parameter or any config key, dotted (training.steps=20); repeatable"
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help=anything)

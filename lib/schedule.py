@@ -33,6 +33,10 @@ class ScheduleError(WorkbenchError, ValueError):
     """The schedule cannot be deployed; the message says what to change."""
 
 
+class NothingScheduled(ScheduleError):
+    """The file has no entries."""
+
+
 class Entry(BaseModel):
     """One cron entry."""
 
@@ -131,7 +135,7 @@ def read_schedule(file: Path = FILE) -> list[Entry]:
     if twice:
         raise ScheduleError(f"{shown}: two entries are called {', '.join(twice)}")
     if not entries:
-        raise ScheduleError(f"there is nothing to deploy: {shown} has no entries")
+        raise NothingScheduled(f"there is nothing to deploy: {shown} has no entries, configs/serve.yaml names no run")
     return list(entries)
 
 

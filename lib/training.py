@@ -132,6 +132,7 @@ def trl_arguments(config: Config, run: Run, checkpointing: bool) -> dict[str, An
         "num_iterations": training.iterations,
         "beta": training.beta,
         "loss_type": training.loss_type,
+        "router_aux_loss_coef": 0.0,  # TRL would add the base's own load balancing loss: 0.9 times it for gpt-oss
         "epsilon": training.clip_low,
         "epsilon_high": training.clip_high,
         "scale_rewards": training.reward_scaling,
@@ -142,6 +143,7 @@ def trl_arguments(config: Config, run: Run, checkpointing: bool) -> dict[str, An
         "use_vllm": sampling.engine == "vllm",
         "vllm_gpu_memory_utilization": sampling.vllm.memory_share,
         "vllm_max_model_length": sampling.vllm.max_length,
+        **({"vllm_mode": "server", "vllm_server_base_url": sampling.vllm.server} if sampling.vllm.server else {}),
         "vllm_importance_sampling_mode": "token_truncate",  # the default can zero whole answers
         "trust_remote_code": config.model.trust_remote_code,
         "seed": training.seed,

@@ -16,7 +16,7 @@ from lib.places import locate
 from lib.runfolder import default_name
 from lib.task import load_task
 
-NOT_RUNS = ("prices.yaml", "schedule.yaml", "judges.yaml")  # what else lies in configs/
+NOT_RUNS = ("prices.yaml", "schedule.yaml", "serve.yaml", "judges.yaml")  # what else lies in configs/
 CONFIGS = sorted(path for path in (PROJECT_ROOT / "configs").rglob("*.yaml") if path.name not in NOT_RUNS)
 TASK = {"task": {"name": "decisions"}}
 

@@ -18,34 +18,38 @@ LIB = PROJECT_ROOT / "lib"
 # DESIGN's table: generate stands above rollout, because a BatchGenerate answers rollout's Requests.
 ORDER = """
     __init__
-    places   doctor   extract   patience   roles
+    places   doctor   extract   patience   roles   front
     gpu
     task
     config   log   tables   ledger   cost
-    quote   keeper   wire   room
+    quote   keeper   wire   room   harmony
     provenance   data   sandbox   calls   program
     judge   rpc
     runfolder   grading   reward_model
     tasks
     rollout
     models   starter   trainer   paired
-    generate   endpoint
-    answering   tools
+    generate   endpoint   memory
+    answering   tools   client
     evaluate   prepare
     meter   attacks
     preflight
     show
     sync   hosts   training
-    engine
-    serving
+    engine   relay
+    speaker
+    chat_request
+    transformers_server
     actor   rollout_worker
     orchestrator   processes
     backends
     export   executed   check
+    serving
     run
     container   experiment   command   modal_call
     remote
     schedule   launch   follow   modal_roles   modal_hosts
+    modal_serve
     modal_app
 """
 
@@ -65,6 +69,8 @@ FORBIDDEN = {
     "sandbox": ["task", "tasks", "rollout", "trainer"],
     "rollout": ["tasks", "trainer", "backends", "config", "runfolder"],
     "models": ["tasks", "rollout", "backends"],
+    "memory": ["tasks", "rollout", "trainer", "backends"],
+    "harmony": ["tasks", "models", "generate"],
     "generate": ["tasks", "trainer", "backends"],
     "starter": ["tasks", "trainer", "backends", "evaluate"],
     "paired": ["models", "runfolder", "tasks"],
@@ -82,6 +88,11 @@ FORBIDDEN = {
     "orchestrator": ["tasks", "backends", "models", "actor", "rollout_worker", "show"],
     "engine": ["tasks", "trainer", "backends", "evaluate"],
     "serving": ["tasks", "trainer", "backends", "evaluate"],
+    "front": ["task", "tasks", "config", "models", "engine"],
+    "relay": ["task", "tasks", "config", "models", "engine"],
+    "speaker": ["tasks", "trainer", "backends", "evaluate", "serving"],
+    "transformers_server": ["tasks", "trainer", "backends", "evaluate", "runfolder"],
+    "modal_serve": ["tasks", "trainer", "backends", "evaluate", "modal_app"],
     "backends": ["tasks", "run", "show"],
     "export": ["trainer", "backends", "tasks"],
     "tasks": ["config", "runfolder", "models", "rollout", "backends", "trainer", "run"],

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,22 +25,26 @@ import pytest
 from chat_server import running_chat
 from conftest import WITNESS, run_cli
 
-from lib import PROJECT_ROOT, calls, models
+from lib import PROJECT_ROOT, WorkbenchError, calls, models
+from lib.client import AskError, ask_folder, ask_url
 from lib.config import Config, load_config
 from lib.config.training import VllmSection
-from lib.engine import ADVICE, Served, memory_arguments, program, tool_parser, vllm_arguments
+from lib.engine import ADVICE, Address, Served, memory_arguments, program, tool_parser, vllm_arguments
 from lib.evaluate import evaluate_run
+from lib.export import ExportError, export_run
+from lib.front import TOKEN, front_environment
 from lib.generate import Chat, end_ids, local_sample
 from lib.keeper import family
 from lib.prepare import prepare
 from lib.program import explain
 from lib.rollout import UnscoredLimitError
 from lib.runfolder import Run, open_run, read_lines
-from lib.serving import ServingError, base_of, result_of
+from lib.serving import ServingError, base_of, own_token, result_of
 from lib.starter import build_starter
 from lib.task import load_task
 
 RUN = "tools"
+SECRET = "a-token-of-the-tests-51c2"
 ROOMS = ("hall", "bath", "attic", "garage", "office", "kitchen")
 WORDINGS = ("{room} light {on}", "light {on} in the {room}", "turn the {room} {on}", "make the {room} go {on}")
 
@@ -105,6 +110,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[None]:
+    """Who serves and who asks share their environment here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TOKEN, SECRET)
+        yield
+
+
 def config_of(place: Path, **overrides: Any) -> Config:
     return load_config(place / "lights.yaml", {key.replace("__", "."): value for key, value in overrides.items()})
 
@@ -167,7 +180,14 @@ def evaluated(place: Path, name: str, greedy: bool = True, **overrides: Any) -> 
 
 
 def endpoint(server: Asked, model: str, **values: Any) -> dict[str, Any]:
-    wanted = {"base_url": server.base_url, "model": model, "beside_base": False, "timeout": 30.0, **values}
+    wanted = {
+        "base_url": server.base_url,
+        "model": model,
+        "beside_base": False,
+        "timeout": 30.0,
+        "key": TOKEN,
+        **values,
+    }
     return {f"evaluation__endpoint__{name}": value for name, value in wanted.items()}
 
 
@@ -184,6 +204,9 @@ def test_it_tells_the_address_the_ids_and_how_to_evaluate_it(server: Asked, plac
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", server.base_url)
     assert server.told["model"] == f"{RUN} (the run's adapter), starter (its base)"
     assert server.told["serves"] == str(place / "starter")
+    assert (
+        server.told["token"] == f"the one in {TOKEN}" and f"evaluation.endpoint.key={TOKEN}" in server.told["evaluate"]
+    )
     assert server.told["evaluate"].startswith("python -m lib.run 4_adapter_evaluation ")
     assert server.told["again"].startswith(f"--port {server.base_url.split(':')[2].split('/')[0]} ")
 
@@ -235,7 +258,7 @@ def test_the_tokens_are_those_of_the_local_model_with_and_without_the_adapter(
 
 def greedy_ids(server: Asked, name: str, prompt: list[dict[str, Any]]) -> list[int]:
     body = {"model": name, "messages": prompt, "max_tokens": 16, "temperature": 0, "return_token_ids": True}
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", "authorization": f"Bearer {SECRET}"}
     request = urllib.request.Request(f"{server.base_url}/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return list(json.load(answer)["choices"][0]["token_ids"])
@@ -254,6 +277,121 @@ def test_calls_come_parsed_and_notebook_4_shows_both_policies(
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     page = "\n".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
     assert f"{RUN} against base" in page and "assistant, turn 1" in page
+
+
+def asked_raw(server: Asked, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """A request to a path of the whole server: (status, JSON or text)."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", **headers}
+    request = urllib.request.Request(server.base_url.removesuffix("/v1") + path, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def prompts_of(run: Run) -> list[list[dict[str, Any]]]:
+    return [row["prompt"] for row in run.read_rows("eval")[:8]]
+
+
+def test_without_the_token_no_path_answers_but_the_one_that_says_it_is_up(server: Asked) -> None:
+    """vLLM's own check leaves all but /v1 open: its /invocations would answer anybody."""
+    chat = {"messages": [{"role": "user", "content": "light on"}], "max_tokens": 1}
+    wrong = ({}, {"authorization": "Bearer wrong"}, {"authorization": SECRET}, {"authorization": f"Basic {SECRET}"})
+    for headers in wrong:
+        status, told = asked_raw(server, "/v1/chat/completions", chat, **headers)
+        assert status == 401 and told["error"]["code"] == "invalid_api_key"
+    for path in (
+        "/invocations",
+        "/tokenize",
+        "/v1/models",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/version",
+        "/nothing",
+    ):
+        assert asked_raw(server, path, chat if path == "/invocations" else None)[0] == 401
+    assert asked_raw(server, "/invocations", chat, authorization=f"Bearer {SECRET}")[0] == 200
+    assert asked_raw(server, "/health")[0] == 200
+
+
+def test_the_openai_client_asks_and_the_runs_adapter_answers_where_no_model_is_named(
+    server: Asked, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed = ask_url(server.base_url, prompts_of(run), 16)
+    named = {name: ask_url(server.base_url, prompts_of(run), 16, model=name) for name in (RUN, "starter")}
+    answers = {name: [record["answer"] for record in found] for name, found in named.items()}
+    assert [record["answer"] for record in unnamed] == answers[RUN] != answers["starter"]
+    streamed = ask_url(server.base_url, prompts_of(run), 16, stream=True)
+    assert [drop_time(record) for record in streamed] == [drop_time(record) for record in unnamed]
+    monkeypatch.setenv(TOKEN, "another-token-than-that")
+    for stream in (False, True):
+        with pytest.raises(AskError, match="HTTP 401: the token is missing or wrong"):
+            ask_url(server.base_url, prompts_of(run)[:1], 4, stream=stream)
+
+
+def drop_time(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def test_an_export_asked_here_says_what_the_served_adapter_says(server: Asked, run: Run) -> None:
+    here = ask_folder(run.config, server.told["serves"], prompts_of(run), 16, adapter=run.folder / "adapter")
+    there = ask_url(server.base_url, prompts_of(run), 16)
+    same = [drop_time(one) == drop_time(other) for one, other in zip(here, there, strict=True)]
+    assert sum(same) >= len(same) - 1  # where two tokens are as good as equal, another CPU may take the other one
+    assert set(here[0]) == set(there[0])
+
+
+def test_the_token_stands_on_no_command_line_and_in_no_log(server: Asked, place: Path) -> None:
+    for pid in family(server.process.pid):
+        assert SECRET.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    logs = list((place / "cache" / "serve").glob("*"))
+    assert Path(server.told["log"]) in logs
+    assert not [path for path in logs if SECRET in path.read_text()]
+
+
+@pytest.fixture(scope="module")
+def plain(place: Path, run: Run) -> Iterator[Asked]:
+    """The same run behind Transformers, as where there is no vLLM."""
+    asked = started(["--run", RUN, "--engine", "transformers", "-p", f"paths.outputs={place / 'outputs'}"])
+    yield asked
+    asked.process.send_signal(signal.SIGINT)
+    asked.process.communicate()
+
+
+def test_transformers_serves_the_same_ids_answers_and_refusals_as_vllm(
+    server: Asked, plain: Asked, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [json.loads(asked_raw(one, "/v1/models", authorization=f"Bearer {SECRET}")[1]) for one in (server, plain)]
+    assert [{one["id"] for one in found["data"]} for found in listed] == [{"starter", RUN}] * 2
+    for model in ("", RUN, "starter"):
+        for stream in (False, True):
+            both = [ask_url(one.base_url, prompts_of(run), 16, model=model, stream=stream) for one in (server, plain)]
+            pairs = [(drop_time(one), drop_time(other)) for one, other in zip(*both, strict=True)]
+            assert len([pair for pair in pairs if pair[0] != pair[1]]) <= 1, pairs
+    assert asked_raw(plain, "/v1/models")[0] == 401 and asked_raw(plain, "/health")[0] == 200
+    evaluation = shlex.split(plain.told["evaluate"])
+    assert f"evaluation.endpoint.key={TOKEN}" in evaluation
+
+
+def test_an_evaluation_asks_transformers_as_it_asks_vllm(server: Asked, plain: Asked, place: Path) -> None:
+    """Calls come parsed from both. Of an answer that was cut off after a call only vLLM says that it called a tool."""
+    there, here = (
+        evaluated(place, name, **endpoint(asked, RUN), evaluation__rows=12)[f"{RUN} greedy"]
+        for name, asked in (("by-vllm", server), ("by-transformers", plain))
+    )
+    pairs = [(one, other) for one, other in zip(there, here, strict=True) if other["stop"] == "done"]
+    assert len(pairs) > 2 and any(other["messages"][-1].get("tool_calls") for _, other in pairs if "messages" in other)
+    differing = [(one, other) for one, other in pairs if judged(one) != judged(other)]
+    assert len(differing) <= 1, differing
+
+
+def judged(record: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Without the texts: vLLM leaves out a last character whose bytes are not all there."""
+    calls = record["messages"][-1].get("tool_calls", []) if "messages" in record else []
+    return record["reward"], [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
 
 def test_no_process_of_it_looked_beyond_loopback(server: Asked, place: Path) -> None:
@@ -345,6 +483,7 @@ def test_it_ends_with_all_its_processes_whatever_ends_it(place: Path, stand_in: 
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert servers[0].told["token"] == f"the one in {TOKEN}"
     log = Path(servers[0].told["log"]).read_text()
     assert "--generation-config vllm" in log and "threads nobind address 127.0.0.1" in log
 
@@ -366,6 +505,8 @@ def test_a_failed_start_is_exit_1_with_the_knob_and_the_engines_lines(place: Pat
         (["--run", "x"], "there is no run 'x' in "),
         (["configs/smoke/decisions.yaml", "-p", "sampling.vllm.max_lenth=5"], "sampling.vllm.max_lenth"),
         (["configs/nothing.yaml"], "config not found"),
+        (["configs/smoke/decisions.yaml", "--host", "localhost"], "give an IPv4 address of this machine"),
+        (["configs/smoke/decisions.yaml", "--artifact", "merged"], "give --run with it"),
     ],
 )
 def test_what_cannot_be_served_is_exit_2_before_anything_starts(
@@ -385,10 +526,12 @@ def test_a_base_is_named_by_its_id_its_folder_or_as_the_starter(
 ) -> None:
     (tmp_path / "mine").mkdir()
     assert base_of(config_of(place, model__name="Qwen/Qwen2.5-0.5B-Instruct")).name == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert base_of(config_of(place, model__name=str(tmp_path / "mine"))) == Served(str(tmp_path / "mine"), "mine")
+    assert base_of(config_of(place, model__name=str(tmp_path / "mine"))) == Served(
+        str(tmp_path / "mine"), "mine", is_base=True
+    )
     made: list[int] = []
     monkeypatch.setattr("lib.starter.starter_path", lambda rows, cache, **_: made.append(len(rows)) or tmp_path / "s-1")
-    assert base_of(config_of(place, model__name="starter")) == Served(str(tmp_path / "s-1"), "starter")
+    assert base_of(config_of(place, model__name="starter")) == Served(str(tmp_path / "s-1"), "starter", is_base=True)
     assert made == [24]
 
 
@@ -404,6 +547,45 @@ def test_a_runs_result_is_its_adapter_on_its_base_or_its_whole_model(run: Run, t
         result_of(copied)
     (copied.folder / "model").mkdir()
     assert result_of(copied) == Served(str(copied.folder / "model"), "whole")
+
+
+def test_an_export_is_served_once_it_is_whole_and_says_what_the_adapter_says(place: Path, run: Run) -> None:
+    config = config_of(place, export__artifacts=["merged"], export__dtype="base")
+    assert result_of(run, "adapter") == result_of(run)
+    with pytest.raises(ServingError, match=r"no export 'merged' \(it has none\)\. Notebook 5"):
+        result_of(run, "merged")
+    (made,) = export_run(run, config)
+    assert result_of(run, "merged") == Served(str(made.folder), f"{RUN}-merged")
+    adapted = ask_folder(config, result_of(run).source, prompts_of(run), 16, adapter=run.folder / "adapter")
+    merged = ask_folder(config, str(made.folder), prompts_of(run), 16)
+    assert sum(drop_time(one) != drop_time(other) for one, other in zip(adapted, merged, strict=True)) <= 1
+    with (made.folder / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ExportError, match="bytes were exported"):
+        result_of(run, "merged")
+    with pytest.raises(ServingError, match=r"cannot be served by vLLM or Transformers\. Ollama and llama\.cpp"):
+        result_of(run, "gguf")
+    with pytest.raises(ServingError, match="Did you mean 'merged'"):
+        result_of(run, "mergd")
+
+
+def test_a_token_is_made_once_for_its_owner_alone_and_a_weak_or_open_one_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(place, paths__cache=str(tmp_path))
+    assert own_token(config) == SECRET and not (tmp_path / "serve" / "token").exists()
+    monkeypatch.setenv(TOKEN, "")
+    file = tmp_path / "serve" / "token"
+    with ThreadPoolExecutor() as pool:
+        made = set(pool.map(lambda _: own_token(config), range(8)))
+    assert len(made) == 1 and len(made.pop()) >= 40 and file.stat().st_mode & 0o777 == 0o600
+    assert list(file.parent.iterdir()) == [file]
+    file.chmod(0o644)
+    with pytest.raises(ServingError, match="others can read or replace the token"):
+        own_token(config)
+    monkeypatch.setenv(TOKEN, "short")
+    with pytest.raises(WorkbenchError, match="at least 16 ASCII characters"):
+        own_token(config)
 
 
 def test_a_run_called_as_its_base_gets_another_id(run: Run, tmp_path: Path) -> None:
@@ -479,7 +661,7 @@ def test_where_no_parser_is_known_vllm_starts_without_one_and_that_is_said(
     (plain / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     config = config_of(place, model__name=str(plain))
     logging.getLogger("lib").propagate = True  # a run's log takes the lines for itself
-    words = program(config, base_of(config), tmp_path).command(7)
+    words = program(config, base_of(config), tmp_path, front_environment(SECRET, {}), Address()).command(7)
     assert "no parser of tool calls is known for plain" in caplog.text
     assert "--enable-auto-tool-choice" not in words and words[-2:] == ["--port", "7"]
 
@@ -500,6 +682,8 @@ SAID = {
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.": "lower sampling.vllm.memory_share and",
     "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}":
         "lower sampling.vllm.memory_share and",
+    "(Worker pid=30) ERROR 11-22 00:04:57 RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 "
+    "kv_cache_idx=0": "--engine transformers: vLLM has no attention for heads of 16",
     "ValueError: No common block size for 7 (CPU_ATTN: [MultipleOf(32)]).": "sampling.vllm.block_size: leave it out",
     "  Value error, The checkpoint you are trying to load has model type `nosuch` but Transformers does not recognize "
     "this architecture.": "another model.name",

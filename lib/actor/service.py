@@ -174,7 +174,7 @@ class Actor:
         rows = self._run.read_rows("train")
         self._model = models.resolve_model(config, rows)
         tokenizer = models.load_tokenizer(self._model, config.model)
-        model = models.load_model(self._model, config.model, train_all=not config.lora.enabled)
+        model = models.load_model(self._model, config.model, train_all=not config.lora.enabled, purpose="train")
         # TRL sees as many rows as there are, for its epochs; which of them a batch holds is decided elsewhere.
         chat = chat_of(config.as_served, model, tokenizer)
         kept = kept_rows(rows, chat, config)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import WorkbenchError, models, program, without
+from lib import WorkbenchError, memory, models, program, without
 from lib.config import Config, SamplingSection
 from lib.engine import ADVICE, vllm_environment
 from lib.generate import Chat, Sample, batched, chat_of, check_turns
@@ -62,9 +62,12 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     with without(*(["vllm"] if config.sampling.engine != "vllm" else [])):
         make_trainer_class()
     source = models.resolve_model(config, rows)
+    if config.model.name != models.STARTER:  # a toy fits anywhere
+        memory.check(config, models.load_shape(source, config.model))
     tokenizer = models.load_tokenizer(source, config.model)
-    model = models.load_model(source, config.model, train_all=not config.lora.enabled)
+    model = models.load_model(source, config.model, train_all=not config.lora.enabled, purpose="train")
     chat = chat_of(config, model, tokenizer)
+    model.generation_config.eos_token_id = sorted(chat.end_ids)  # TRL reads them there
     check_tools(chat, rows)
     kept = kept_rows(rows, chat, config)
     if task.max_turns > 1:
@@ -177,8 +180,7 @@ def _check_machine(config: Config) -> None:
         raise LocalError(
             "sampling.engine vllm needs a GPU in the local backend (TRL's weight sync is CUDA only): set it to hf"
         )
-    if config.model.liger and not gpus:
-        raise LocalError("model.liger needs a GPU (its kernels are Triton): set it to false")
+    models.check_liger(config.model)
 
 
 def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
@@ -205,6 +207,8 @@ def _callbacks(run: Run, trainer: Any, stop: StopSignal) -> TrainerCallback:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             wanted = stop.requested(time.monotonic() - began)
+            if state.global_step == 1:
+                logger.info("memory: the first step took at most %s", models.peak_memory())
             boundary = (state.global_step * training.accumulation) % window == 0
             if wanted and boundary and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True

@@ -6,6 +6,7 @@ Owns names, defaults and impossible combinations. Must not know any implementati
 """
 
 from lib.config.evaluation import EndpointSection, EvaluationSection
+from lib.config.export import ArtifactKind, ExportSection, HubSection
 from lib.config.reading import (
     HOW_ASKED,
     ConfigError,
@@ -23,10 +24,13 @@ from lib.config.tree import SCHEMA, Config, TaskSection
 __all__ = [
     "HOW_ASKED",
     "SCHEMA",
+    "ArtifactKind",
     "Config",
     "ConfigError",
     "EndpointSection",
     "EvaluationSection",
+    "ExportSection",
+    "HubSection",
     "LoraSection",
     "ModelSection",
     "SamplingSection",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -70,6 +70,9 @@ class EvaluationSection(Section):
     """Evaluate this adapter (folder or Hub id) instead of the run's own."""
     model: str | None = None
     """Evaluate this whole model (folder or Hub id) instead of the run's own."""
+    quantized: Literal["mxfp4", "4bit"] | None = None
+    """Also evaluate the base and the result with the base's weights held so (as model.quantization says), on the same
+    rows: what quantization costs. An export in MXFP4 is evaluated by its folder, as `model`."""
     prompts: str | None = None
     """Take the rows from this JSONL file of rows instead of the run's held-out ones."""
     runs: tuple[str, ...] = ()
@@ -100,6 +103,9 @@ class EvaluationSection(Section):
         if self.runs and (self.adapter or self.model):
             other = "adapter" if self.adapter else "model"
             raise ValueError(f"evaluation.runs and evaluation.{other} exclude each other: give one of them")
+        if self.quantized and (self.runs or self.endpoint.base_url):
+            other = "runs" if self.runs else "endpoint"
+            raise ValueError(f"evaluation.quantized and evaluation.{other} exclude each other: give one of them")
         if self.endpoint.base_url and (self.runs or self.adapter or self.model):
             other = "runs" if self.runs else "adapter" if self.adapter else "model"
             raise ValueError(f"evaluation.endpoint and evaluation.{other} exclude each other: give one of them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -18,11 +19,19 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto = float32 on a CPU, bfloat16 on a GPU."""
+    quantization: Literal["auto", "none", "mxfp4", "4bit"] = "auto"
+    """How quantized weights are held. auto: a checkpoint in MXFP4 (gpt-oss) is unpacked to `dtype` to be trained or to
+    carry an adapter, and kept in MXFP4 to answer by itself, or unpacked with a warning where the machine cannot.
+    none: always unpacked. mxfp4: kept for all but training, or refused. 4bit: others, by bitsandbytes (QLoRA)."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool | None = None
     """None = on where there is a GPU; it costs time and saves nothing on tiny models."""
     liger: bool = False
     trust_remote_code: bool = False
+    reasoning_effort: Literal["low", "medium", "high"] | None = None
+    """How long to think, where the chat template knows it (gpt-oss); None = the template's own default."""
+    date: datetime.date = datetime.date(2025, 6, 30)
+    """What a chat template shows as today's date (gpt-oss, Llama 3): one that moved would change every prompt."""
     overrides: Mapping[str, str | Mapping[str, Any]] = {}
     """By task: another model for it, as a name or as keys of this section. Applied, and gone, once the config is read;
     an explicit override (`-p model.name=...`) is stronger."""
@@ -55,7 +64,7 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     expert_parameters: Literal["auto"] | tuple[str, ...] = "auto"
-    """auto = the expert tensors of mixture-of-experts models, which all-linear does not reach; [] = none."""
+    """auto = the experts and routers of mixture-of-experts models, which all-linear does not reach; [] = none."""
 
 
 class VllmSection(Section):
@@ -63,6 +72,9 @@ class VllmSection(Section):
 
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of the GPU's memory; what trains needs the rest."""
+    server: str = ""
+    """The URL of a vLLM server on another GPU, which TRL syncs the weights to (`trl vllm-serve`); "" = vLLM shares the
+    GPU with what trains. Several workers: backend distributed."""
     max_length: Count | None = None
     """Tokens of prompt and answers together; None = as long as the model allows."""
     enforce_eager: bool = True

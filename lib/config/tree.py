@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from lib.config.distributed import DistributedSection, RolesSection
 from lib.config.evaluation import EvaluationSection
+from lib.config.export import ExportSection
 from lib.config.section import Positive, Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
 from lib.gpu import NONE, parse_gpu
@@ -125,6 +126,7 @@ class Config(Section):
     distributed: DistributedSection = DistributedSection()
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     tracker: TrackerSection = TrackerSection()
     cost: CostSection = CostSection()
     modal: ModalSection = ModalSection()
@@ -149,6 +151,8 @@ class Config(Section):
             raise ValueError("evaluation.adapter and evaluation.model exclude each other: give one of them")
         if self.model.dtype == "float16" and not self.lora.enabled:
             raise ValueError("full fine-tuning of float16 weights is not stable: set model.dtype to float32 or auto")
+        if self.model.quantization == "4bit" and not self.lora.enabled:
+            raise ValueError("model.quantization 4bit can only be trained under an adapter: set lora.enabled to true")
         if self.lora.expert_parameters not in ("auto", ()) and self.lora.dropout:
             raise ValueError("lora.expert_parameters needs lora.dropout 0 (PEFT cannot drop out of bare tensors)")
         return self

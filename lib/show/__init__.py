@@ -6,6 +6,7 @@ Owns how things look; each file one subject, all of them under one name. Must no
 """
 
 from lib.show.evaluation import gains, part_shares, pass_at_k, runs, summaries, verdict
+from lib.show.export import artifacts, commands, proofs
 from lib.show.figure import BLUE, GREEN, GREY, ORANGE, RED, bars, smooth, use_style
 from lib.show.groups import browser
 from lib.show.inspection import lengths, reward_spread, useful_groups
@@ -23,10 +24,12 @@ __all__ = [
     "GREY",
     "ORANGE",
     "RED",
+    "artifacts",
     "attacks",
     "attempts",
     "bars",
     "browser",
+    "commands",
     "config",
     "curves",
     "gains",
@@ -40,6 +43,7 @@ __all__ = [
     "part_shares",
     "parts",
     "pass_at_k",
+    "proofs",
     "reward_spread",
     "roles",
     "rollouts",

@@ -1,6 +1,7 @@
 """A model's weights as a checkpoint holds them: adapters added in, without touching the model.
 
-Owns the names and values of what is published for `reload`, `volume` and `checkpoint`. Must not know files or workers.
+Owns the names and values of what is published for `reload`, `volume` and `checkpoint`, and what a LoRA adapter adds to
+a weight, part by part (an export merges a part at a time). Must not know files or workers.
 
     python -c "from lib.sync.merge import merged_pieces; help(merged_pieces)"
 """
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 Make = Callable[[], "torch.Tensor"]
 
+_ROWS, _ELEMENTS = 256, 2**21
+"""A block of rows is a multiple of the one and has about the other, so that its temporaries stay near 16 MB."""
+
 
 def merged_pieces(model: PreTrainedModel, dtype: torch.dtype | None = None) -> list[Piece]:
     """Every weight under its name in a checkpoint, adapters merged; each is computed when its turn comes.
@@ -29,7 +33,7 @@ def merged_pieces(model: PreTrainedModel, dtype: torch.dtype | None = None) -> l
     `dtype`: of floating-point weights; None = as they are. Raises SyncError where an adapter cannot be merged.
     """
     base = base_model(model)
-    _check_head(base)
+    check_head(base)
     values = _merged(base)
     if _is_renamed(base):
         values = _as_checkpoint(base, values)
@@ -48,7 +52,7 @@ def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     import torch
 
     base = base_model(model)
-    _check_head(base)
+    check_head(base)
     with torch.no_grad():
         # Cloned: a merged weight is valid until the next one is made, and what is tied must not look shared.
         return {name: make().clone() for name, (_, _, make) in _merged(base).items()}
@@ -67,7 +71,7 @@ def _merged(base: Any) -> dict[str, Value]:
         if isinstance(module, LoraLayer):
             parameter = getattr(module, "parameter_name", "weight")
             weight = getattr(module.get_base_layer(), parameter)
-            _check_adapter(name, module, weight)
+            check_adapter(name, module, weight)
             merged[_plain(f"{name}.{parameter}")] = (tuple(weight.shape), weight.dtype, _merge(module, weight))
             own |= {f"{name}.{part}." for part in (*module.adapter_layer_names, *module.other_param_names)}
     values: dict[str, Value] = {}
@@ -105,17 +109,62 @@ def _merge(module: Any, weight: torch.Tensor) -> Make:
 
 
 def _add(module: Any, weight: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-    total = weight.detach().float()
+    total = weight.detach().clone()
     for adapter in adapters:
-        total = total + module.get_delta_weight(adapter).to(total)
-    return total.to(weight.dtype)
+        for part in parts_of(tuple(weight.shape)):
+            total[part] += delta_of(module, adapter, part, weight.dtype).to(weight.device)
+    return total
+
+
+def parts_of(shape: tuple[int, ...]) -> list[slice]:
+    """Slices of a weight's first dimension, to be merged one by one: each expert, or blocks of rows.
+
+    Blocks of many rows give the same bits as the whole; products of a few rows may be summed in another order.
+    """
+    if len(shape) == 3:
+        return [slice(expert, expert + 1) for expert in range(shape[0])]
+    rows = max(_ROWS, _ELEMENTS // max(1, shape[-1]) // _ROWS * _ROWS)
+    return [slice(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows)]
+
+
+def delta_of(module: Any, adapter: str, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    """What a LoRA layer's adapter adds to this part of its weight, which is of type `dtype`: as PEFT 0.21 does.
+
+    Needs the adapter's tensors only: the weight may be on the meta device. Added in place (`weight[part] += ...`) it
+    gives the bits of `merge_and_unload`, which has the whole at once: 4 times the memory of a bfloat16 weight and more.
+    """
+    import torch
+    from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+
+    scaling = module.scaling[adapter]
+    if isinstance(module, Embedding):
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    elif isinstance(module, (Linear, ParamWrapper)):
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    else:
+        whole: torch.Tensor = module.get_delta_weight(adapter)
+        return whole[part]
+    kind = a.dtype  # 16-bit adapters are multiplied in float32 on a CPU, and brought back
+    if a.device.type == "cpu":
+        a, b = a.float(), b.float()
+    if isinstance(module, ParamWrapper) and module.num_experts > 1:
+        a, b = a.reshape(module.num_experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, module.num_experts)
+        rule = "o r e, e r i -> e o i" if module._did_swap_in_out_features else "o r e, e r i -> e i o"
+        delta = torch.einsum(rule, b[:, :, part], a[part])
+    elif isinstance(module, Embedding) or module.fan_in_fan_out:
+        delta = (b @ a[:, part]).T
+    else:
+        delta = b[part] @ a
+    added: torch.Tensor = delta.mul_(scaling).to(kind)
+    return added.to(dtype) if isinstance(module, (Embedding, ParamWrapper)) else added  # rounded first, as PEFT does
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _check_adapter(name: str, module: Any, weight: torch.Tensor) -> None:
+def check_adapter(name: str, module: Any, weight: torch.Tensor) -> None:
+    """Raises SyncError where a LoRA layer's adapter cannot be merged into its weight."""
     if not weight.is_floating_point():
         raise SyncError(
             f"{name} has quantised weights ({weight.dtype}), into which no adapter can be merged exactly: set "
@@ -128,8 +177,8 @@ def _check_adapter(name: str, module: Any, weight: torch.Tensor) -> None:
         raise SyncError(f"the adapter of {name} is merged into the live model: unmerge it before publishing")
 
 
-def _check_head(base: Any) -> None:
-    """A tied head that has an adapter of its own is two matrices in training and one in the engine."""
+def check_head(base: Any) -> None:
+    """Raises SyncError where a tied head has an adapter of its own: two matrices in training, one in the engine."""
     from peft.tuners.lora import LoraLayer
 
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
@@ -137,7 +186,7 @@ def _check_head(base: Any) -> None:
     if head is None or embedding is None or not adapted:
         return
     one, other = (getattr(module, "base_layer", module).weight for module in (head, embedding))
-    if one.data_ptr() == other.data_ptr():
+    if one is other or (not one.is_meta and one.data_ptr() == other.data_ptr()):
         raise SyncError(
             "the model ties its head to its embeddings, and LoRA is on one of them: merged, they would differ. Leave "
             "lm_head and the embeddings out of lora.targets"

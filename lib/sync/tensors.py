@@ -80,6 +80,7 @@ def write_tensors(path: Path, pieces: Sequence[Piece]) -> dict[str, str]:
             future = pool.submit(hash_bytes, data)
             _write_all(file, data)
             hashes[piece.name] = future.result()
+            del data, future  # before the next one is made
         file.truncate(total)
     return hashes
 
@@ -144,6 +145,23 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         # The format begins its data at a multiple of 8; an odd file is copied, as torch would refuse the view.
         width = torch.empty(0, dtype=types[one.dtype]).element_size()
         yield name, (flat if one.begin % width == 0 else flat.clone()).view(types[one.dtype]).view(one.shape)
+
+
+def read_tensor(path: Path, one: Stored, part: slice = slice(None)) -> torch.Tensor:
+    """A tensor of a file, or a part of its first dimension, in memory of its own: no page of the file stays mapped."""
+    import torch
+
+    types = {code: getattr(torch, name) for name, code in CODES.items()}
+    if one.dtype not in types:
+        raise SyncError(f"{path} holds the type {one.dtype}, which is not read here: {', '.join(types)}")
+    first, last, _ = part.indices(one.shape[0]) if one.shape else (0, 1, 1)
+    row = (one.end - one.begin) // max(1, one.shape[0] if one.shape else 1)
+    tensor = torch.empty((last - first, *one.shape[1:]) if one.shape else (), dtype=types[one.dtype])
+    with path.open("rb") as file:
+        file.seek(one.begin + first * row)
+        if tensor.numel() and file.readinto(raw(tensor)) != (last - first) * row:
+            raise SyncError(f"{path} was cut off while it was read")
+    return tensor
 
 
 def _hash_slice(view: memoryview, begin: int, end: int) -> str:

@@ -1,0 +1,212 @@
+"""Pushing to the Hub, and GGUF through llama.cpp's converters: what is sent, what is called, what is refused."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from finished_run import finished_run
+from push_hub import READER, WRITER, PushHub, running_push_hub
+from tiny_models import tiny_gpt_oss, tiny_llama
+
+from lib.config import Config, parse_config
+from lib.export import ExportError, export_run, gguf, push_run
+from lib.runfolder import Run
+
+RESULT = {"policies": [{"policy": "adapter sampled", "n": 64, "reward": 0.71234, "low": 0.65, "high": 0.77}]}
+CARD = "---\nlicense: apache-2.0\nlicense_link: https://example.org/licence\ntags: [x]\n---\nA base.\n"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
+    from huggingface_hub import constants
+
+    # The Hub's other way to upload is a binary protocol of its own.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.delenv("HF_REPO_ID", raising=False)
+    with running_push_hub() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        yield running
+
+
+def pushing(run: Run, **settings: object) -> Config:
+    return parse_config(run.config.as_json() | {"export": {"hub": {"push": True, "repo": "owner/model", **settings}}})
+
+
+def refusal(run: Run, config: Config) -> str:
+    with pytest.raises(ExportError) as caught:
+        export_run(run, config)
+    return str(caught.value)
+
+
+def test_a_push_makes_a_private_repository_with_every_file_and_a_card_in_one_commit(
+    hub: PushHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama(tmp_path / "base")
+    (base / "README.md").write_text(CARD)
+    run = finished_run(tmp_path, base)
+    run.finish({"evaluation": RESULT})
+    monkeypatch.setenv("HF_REPO_ID", "owner/by-environment")
+    _, merged = export_run(run, pushing(run, repo=""))
+    files = hub.repos["owner/by-environment"]
+    assert hub.private["owner/by-environment"]
+    assert hub.commits == ["trained: merged"]
+    for path in merged.folder.iterdir():
+        assert files[path.name] == path.read_bytes()
+    card = files["README.md"].decode()
+    header = yaml.safe_load(card.split("---")[1])
+    assert (header["license"], header["license_link"]) == ("apache-2.0", "https://example.org/licence")
+    assert header["library_name"] == "transformers"
+    assert "| adapter sampled | 64 | 0.7123 | 0.6500 to 0.7700 |" in card
+    assert "name: decisions" in card
+    for content in files.values():
+        assert WRITER.encode() not in content
+    assert str(tmp_path) not in card
+    assert "paths:" not in card
+
+
+def test_a_second_push_leaves_nothing_of_the_first_behind(hub: PushHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    adapter, _ = export_run(run, pushing(run))
+    assert "model.safetensors" in hub.repos["owner/model"]
+    done = push_run(run, adapter, pushing(run))
+    assert done.repo == "owner/model"
+    files = hub.repos["owner/model"]
+    assert "model.safetensors" not in files
+    assert {"adapter_model.safetensors", "README.md", "export.json", ".gitattributes"} <= files.keys()
+    assert "library_name: peft" in files["README.md"].decode()
+    assert "find out before you use it" in files["README.md"].decode()  # no card of the base
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "told"),
+    [
+        ("", "owner/model", "HF_TOKEN: make one with write permission on https://huggingface.co/settings/tokens"),
+        (WRITER, "", r"HF_REPO_ID \(given: ''\)"),
+        (WRITER, "model", "a repository, owner/name"),
+        (
+            READER,
+            "owner/model",
+            r"may not write to owner/model \(403\): .* or set HF_REPO_ID to a repository of your own",
+        ),
+        ("hf_unknown_token", "owner/model", r"does not know this HF_TOKEN \(401\)"),
+    ],
+)
+def test_without_permission_a_push_says_what_to_do_and_keeps_the_artifact(
+    token: str, repo: str, told: str, hub: PushHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    said = refusal(run, pushing(run, repo=repo))
+    assert re.search(told, said), said
+    assert not token or token not in said
+    assert hub.commits == []
+    # What can be known before is said before anything is computed.
+    assert (run.folder / "export" / "merged").exists() == (repo == "owner/model" and token != "")
+
+
+def test_a_public_repository_or_somebody_elses_is_not_written_to(hub: PushHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    hub.repos["owner/model"], hub.private["owner/model"] = {".gitattributes": b"", "README.md": b""}, False
+    assert "is there and public, and export.hub.private is true" in refusal(run, pushing(run))
+    export_run(run, pushing(run, private=False))
+    assert "model.safetensors" in hub.repos["owner/model"]
+    hub.repos["owner/model"] = {"model.safetensors": b"theirs"}
+    assert "holds files that no export of this workbench put there" in refusal(run, pushing(run, private=False))
+    assert hub.repos["owner/model"] == {"model.safetensors": b"theirs"}
+
+
+def test_a_damaged_artifact_is_not_pushed(hub: PushHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    _, merged = export_run(run)
+    data = bytearray((merged.folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (merged.folder / "model.safetensors").write_bytes(data)
+    assert "is not what was exported" in refusal(run, pushing(run))
+    assert hub.repos == {}
+
+
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+import json, pathlib, struct, sys
+arguments = sys.argv[1:]
+target = pathlib.Path(arguments[arguments.index("--outfile") + 1])
+(pathlib.Path(__file__).parent / "called.json").write_text(json.dumps([pathlib.Path(__file__).name, *arguments]))
+target.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, TENSORS, 2))
+"""
+
+
+def stand_in(folder: Path, tensors: int = 5) -> Path:
+    """A folder with converters that note how they are called and write a header."""
+    folder.mkdir()
+    for name in (gguf.MODEL, gguf.LORA):
+        (folder / name).write_text(STAND_IN.replace("TENSORS", str(tensors)))
+    return folder
+
+
+def called(folder: Path) -> list[str]:
+    return list(yaml.safe_load((folder / "called.json").read_text()))
+
+
+def test_the_converter_gets_the_merged_folder_and_the_type(tmp_path: Path) -> None:
+    run, folder = finished_run(tmp_path, tiny_llama(tmp_path / "base")), stand_in(tmp_path / "llama.cpp")
+    settings = {"artifacts": ["gguf", "merged"], "llama_cpp": str(folder), "gguf_type": "q8_0"}
+    merged, made = export_run(run, parse_config(run.config.as_json() | {"export": settings}))
+    assert made.kind == "gguf"
+    script, *arguments = called(folder)
+    assert script == "convert_hf_to_gguf.py"
+    assert arguments[2:] == ["--outtype", "q8_0", str(merged.folder)]
+    assert (made.folder / "model.gguf").is_file()
+    assert made.facts["facts"] == {"gguf_version": 3, "gguf_tensors": 5, "gguf_keys": 2}
+    assert made.facts["origin"]["settings"] == {"gguf_type": "q8_0", "from": "merged"}
+
+
+def test_the_adapters_converter_gets_base_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder = finished_run(tmp_path, tiny_llama(tmp_path / "base")), stand_in(tmp_path / "llama.cpp")
+    monkeypatch.setenv("LLAMA_CPP", str(folder))
+    (made,) = export_run(run, parse_config(run.config.as_json() | {"export": {"artifacts": ["gguf-adapter"]}}))
+    script, *arguments = called(folder)
+    assert script == "convert_lora_to_gguf.py"
+    assert arguments[2:] == ["--outtype", "auto", "--base", str(tmp_path / "base"), str(run.folder / "adapter")]
+    assert (made.folder / "adapter.gguf").is_file()
+
+
+def test_an_adapter_that_llama_cpp_would_scale_wrongly_or_cannot_hold_is_refused(tmp_path: Path) -> None:
+    folder = stand_in(tmp_path / "llama.cpp")
+    settings = {"artifacts": ["gguf-adapter"], "llama_cpp": str(folder)}
+    scaled = finished_run(tmp_path / "1", tiny_llama(tmp_path / "base"), export=settings, use_rslora=True)
+    assert "sets use_rslora, and a GGUF adapter knows one alpha" in refusal(scaled, scaled.config)
+    experts = finished_run(tmp_path / "2", tiny_gpt_oss(tmp_path / "moe"), export=settings, experts=True)
+    assert "llama.cpp has no LoRA: export gguf" in refusal(experts, experts.config)
+
+
+def test_missing_or_failing_converters_are_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"), export={"artifacts": ["gguf", "merged"]})
+    assert "git clone https://github.com/ggml-org/llama.cpp" in refusal(run, run.config)
+    assert not (run.folder / "export").exists()  # before anything is computed
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert "holds no convert_hf_to_gguf.py" in refusal(run, run.config)
+    broken = stand_in(tmp_path / "broken")
+    (broken / gguf.MODEL).write_text("import sys; sys.exit('pre-tokenizer was not recognized')")
+    monkeypatch.setenv("LLAMA_CPP", str(broken))
+    assert "ended with exit code 1: pre-tokenizer was not recognized" in refusal(run, run.config)
+    monkeypatch.setenv("LLAMA_CPP", str(stand_in(tmp_path / "empty", tensors=0)))
+    assert "model.gguf holds no tensor" in refusal(run, run.config)
+    assert not (run.folder / "export" / "gguf").exists()
+
+
+def test_a_file_that_is_no_gguf_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGML" + struct.pack("<IQQ", 3, 1, 1))
+    with pytest.raises(ExportError, match="is no GGUF file"):
+        gguf.check_gguf(path)
