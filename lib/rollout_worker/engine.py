@@ -129,6 +129,13 @@ class Engine:
     def abort(self, keys: Sequence[str]) -> None:
         self._engine.abort_request(list(keys))
 
+    def warm_up(self) -> None:
+        """Answer once in both ways: what is compiled at the first answer takes a minute on a machine that is busy."""
+        self.submit([0] * 8, max_tokens=1, prompt_logprobs=0)
+        self.submit([0] * 8, max_tokens=2, temperature=1.0, logprobs=0, seed=0)
+        while self.busy:
+            self.step()
+
     # weights ----------------------------------------------------------------------------------------------------------
     def reload(self, folder: Path) -> None:
         """Load all weights from a folder that was checked, in place. The engine must not be busy."""

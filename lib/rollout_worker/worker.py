@@ -148,6 +148,7 @@ class RolloutWorker:
     def _live(self, started: Future[None]) -> None:
         try:
             self._engine = Engine(self.settings)
+            self._engine.warm_up()
         except BaseException as error:  # the edge of the thread: whoever waits has to be told
             started.set_exception(error)
             return
