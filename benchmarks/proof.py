@@ -6,8 +6,8 @@ on a policy of 50 million. Overhead = median seconds of a step with it over thos
 pairs. Bar: 5 %. (Without: nobody is asked for a canary, everybody is believed. There is no such setting.)
 
 Beside it, from events.jsonl, what the proof keeps its roles busy with at every sync: the actor's canary, and that of
-the slowest worker after its load. Much of that is done while others work, so the sum is what it costs at most, but for the
-canary that workers are asked while the actor writes.
+the slowest worker after its load. Much of that is done while others work, so the sum is what it costs at most, but for
+the canary that workers are asked while the actor writes.
 
 Exit status 0 = the bar is met everywhere. `others` = cores that other processes used meanwhile.
 

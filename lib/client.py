@@ -56,7 +56,7 @@ def ask_url(
                 answer = _streamed if stream else _whole
                 return {"prompt": prompt[-1].get("content"), **answer(client, model, asked)}
             except openai.APIError as error:
-                raise AskError(scrub(f"{base_url} gave no answer: {_why(error)}")) from None
+                raise AskError(scrub(f"{base_url} gave no answer: {_why(error, key)}")) from None
 
         with ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(one, prompts))
@@ -140,9 +140,9 @@ def _streamed(client: Any, model: str, asked: dict[str, Any]) -> Record:
     return _record(message, stop, tokens, time.monotonic() - began if first is None else first)
 
 
-def _why(error: Any) -> str:
+def _why(error: Any, key: str) -> str:
     """What the server says, and what to do where that is known."""
     status = getattr(error, "status_code", None)
     if status == 401:
-        return f"HTTP 401: the token is missing or wrong. It is read from an environment variable: {TOKEN}"
+        return f"HTTP 401: the token is missing or wrong. It is read from an environment variable: {key}"
     return f"HTTP {status}: {error.message}" if status else f"{error.message} (is it running?)"

@@ -106,7 +106,7 @@ class Front:
     def _with_defaults(self, body: bytes) -> bytes:
         try:
             request = json.loads(body) if self._defaults else None
-        except ValueError:  # the server says what is wrong with it
+        except (ValueError, RecursionError):  # the server says what is wrong with it
             return body
         if not isinstance(request, dict):
             return body

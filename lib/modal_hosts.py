@@ -25,6 +25,7 @@ from lib.container import commit
 from lib.cost import BESIDE, Resources, beat, begin_attempt, load_prices
 from lib.experiment import Experiment, read_experiment
 from lib.gpu import NONE
+from lib.log import scrub
 from lib.modal_call import Container
 from lib.places import ROLES, locate
 from lib.processes import served_dtype
@@ -58,11 +59,13 @@ class ModalHosts:
         self._there = os.environ.get(ROLES, "")
         """The roles' app, where whoever sent the training to Modal brought it along; otherwise it is ours to make."""
         self._app: modal.App | None = None
+        self._closed = False
         self._experiment: Experiment
         self._containers: list[Container] = []
         self._models: dict[str, str] = {}
         """Folder here -> folder there, of base policies."""
         self._actor: Container | None = None
+        self._role: ActorRole | None = None
 
     @property
     def dtype(self) -> DType:
@@ -85,7 +88,8 @@ class ModalHosts:
             await container.open(order)
         except RpcError as error:
             raise ActorError(str(error)) from error
-        return _ModalActor(container, self._config, self)
+        self._role = _ModalActor(container, self._config, self)
+        return self._role
 
     async def start_worker(self, name: str, model: str) -> Worker:
         settings = EngineSettings.of(self._config, self._run.name, self._models.get(model, model), self.dtype)
@@ -99,7 +103,9 @@ class ModalHosts:
         return RemoteWorker(container)
 
     async def close(self) -> None:
-        await asyncio.gather(*(container.close() for container in self._containers))
+        self._closed = True
+        actor = [self._role.close()] if self._role else []  # before its container: a tracker gets more time
+        await asyncio.gather(*actor, *(container.close() for container in self._containers))
         if self._app is not None:
             await asyncio.to_thread(self._app.stop)
 
@@ -152,6 +158,8 @@ class ModalHosts:
         logger.info("Modal: bringing the roles there; the first time, their image is built, which takes minutes")
         with modal.enable_output():
             app.deploy(strategy="recreate")  # what an earlier attempt left running writes the same run
+            if self._closed:  # the wait for it was given up, which a thread does not see
+                app.stop()
         self._app, self._there = app, str(app.name)
 
     def _send(self) -> dict[str, str]:
@@ -166,6 +174,15 @@ class ModalHosts:
                     batch.put_file(path, f"/{self._run.name}/{name}")
             return {name: hash_file(path) for name, path in files.items()}
 
+    def keep_logs(self) -> None:
+        """Publish what this container has written of the run; on a laptop it is on the disk."""
+        if self._app is not None:
+            return
+        try:
+            commit("/outputs")
+        except Exception as error:  # whatever Modal's client raises: the container's own commits, every 10 s, go on
+            logger.warning("the logs were not published before the checkpoint: %s", scrub(str(error)))
+
     def bring(self, name: str, skip: tuple[str, ...] = ()) -> str:
         """A folder of the run (`adapter`, `checkpoints/step-4`) as the actor wrote it, here; whole or not at all.
 
@@ -175,6 +192,9 @@ class ModalHosts:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         fetch(self._experiment, f"{self._run.name}/{name}", partial, skip)
+        for file in skip:  # where the actor's folder is this one already: the next commit would publish the loss
+            with suppress(FileNotFoundError):
+                os.replace(target / file, partial / file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         return str(target)
@@ -213,7 +233,11 @@ class _ModalActor(RemoteActor):
         return state._replace(model=await asyncio.to_thread(self._hosts.bring_model, state.model))
 
     async def save_checkpoint(self, logs: dict[str, int] | None = None) -> str:
-        """Here too, but for the optimizer's state: only an actor needs that, and it is large."""
+        """Here too, but for the optimizer's state: only an actor needs that, and it is large.
+
+        The logs are on the volume before it: a checkpoint that they do not reach could not be gone on from.
+        """
+        await asyncio.to_thread(self._hosts.keep_logs)
         name = f"checkpoints/{Path(await super().save_checkpoint(logs)).name}"
         return await asyncio.to_thread(self._hosts.bring, name, ("optimizer.pt",))
 

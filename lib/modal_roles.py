@@ -68,16 +68,20 @@ class Role:
         self.token = ""
         """Known to whoever greeted this container last: calls of others are not for it."""
         self._client: Client | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._ending = False
 
     async def hello(self) -> Answer:
         """The container runs: its token, and the GPUs that it has.
 
-        What an earlier orchestrator left running here (it was killed, say) ends: one run has one actor.
+        What an earlier orchestrator left running or starting here (it was killed, say) ends: one run has one actor.
         """
         if self._ending:
             return _error(ENDING, f"{self.name}: this container ends; another one will take its place")
         self.token = secrets.token_hex(8)
+        if self._starting:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
         if self._client:
             client, self._client = self._client, None
             await client.close(0.0)
@@ -100,9 +104,18 @@ class Role:
                 deadline_setting="distributed.start_deadline",
                 advice=advice,
             )
-            self._client = await start(child)
+            self._starting = asyncio.create_task(self._start(child))
+            try:
+                await self._starting
+            except asyncio.CancelledError:
+                if token == self.token:
+                    raise
+                raise RpcError(REPLACED, f"{self.name}: another orchestrator asks this container by now") from None
 
         return await self._answer(token, work)
+
+    async def _start(self, child: Child) -> None:
+        self._client = await start(child)
 
     async def ask(self, token: str, method: str, arguments: Sequence[Any]) -> Answer:
         """A call to the child, between the volume's reload and its commit."""

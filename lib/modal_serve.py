@@ -25,6 +25,7 @@ from lib.cost import Resources, load_prices, rates
 from lib.engine import Address
 from lib.experiment import KEYS, Experiment
 from lib.export.folder import MANIFEST
+from lib.export.usage import SERVED
 from lib.front import PUBLIC, TOKEN
 from lib.gpu import NONE
 from lib.log import name_secrets, start_logging
@@ -130,6 +131,11 @@ def define_endpoint(
 
 def _check_run(experiment: Experiment, wanted: ServeSection) -> Config:
     """The config of the run, where its artifact is on the volume as well."""
+    if wanted.artifact not in SERVED:
+        raise ServeError(
+            f"configs/serve.yaml: artifact {wanted.artifact!r} cannot be served by vLLM or Transformers."
+            f"{nearest(wanted.artifact, SERVED)}"
+        )
     content = remote.read(experiment, "/outputs", f"{wanted.run}/config.json")
     if content is None:
         where, known = experiment.volumes["/outputs"], remote.runs(experiment)

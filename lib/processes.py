@@ -39,6 +39,7 @@ class Processes:
     def __init__(self, config: Config, run: Run) -> None:
         self._config, self._run = config, run
         self._clients: dict[str, Client] = {}
+        self._actor: ActorRole | None = None
         gpus = visible_gpus()
         self._places = share_gpus(gpus, config.distributed.workers)
         self._threads = None if gpus else max(1, _cores() // (config.distributed.workers + 1))
@@ -57,7 +58,8 @@ class Processes:
             client = await self._start(ACTOR, actor_command(self._run.folder))
         except ProgramError as error:
             raise ActorError(str(error)) from error
-        return RemoteActor(client, self._config)
+        self._actor = RemoteActor(client, self._config)
+        return self._actor
 
     async def start_worker(self, name: str, model: str) -> Worker:
         settings = EngineSettings.of(self._config, self._run.name, model, self._dtype)
@@ -68,6 +70,8 @@ class Processes:
         return RemoteWorker(client)
 
     async def close(self) -> None:
+        if self._actor:
+            await self._actor.close()  # a tracker gets more time than other roles' ends
         for client in self._clients.values():
             with suppress(RpcError):
                 await client.close()

@@ -43,6 +43,8 @@ class Relay:
             return await self._live(receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
+        if not scope["path"].startswith("/"):  # behind the port it would be read as another host
+            return await refuse(send, 400, "the request's path does not begin with /")
         if self._session is None:  # it belongs to the loop that asks first
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False)
         try:

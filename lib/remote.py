@@ -43,7 +43,7 @@ CODE_SUFFIXES = (".py", ".ipynb", ".yaml", ".yml")
 LARGEST_SHIPPED = 256 * 1024
 """Bytes: a larger file that a config names travels by the data volume, once, and not with the code every time."""
 
-LARGEST_IN_ALL = 2_000_000
+LARGEST_IN_ALL = 3_000_000
 """Bytes of code and small files that may travel with a start; Modal keeps them, and is sent those that changed."""
 
 

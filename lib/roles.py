@@ -76,6 +76,8 @@ class Proof(NamedTuple):
     worst: float
     """Largest |difference of log-probabilities| over all canary tokens; inf where something is missing."""
     why: str = ""
+    followed: bool = False
+    """Whether it was seen to move: the change since the weights before stood out from noise, and it shows that."""
 
 
 class Facts(NamedTuple):

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ENDING = 30.0
+"""Seconds that interrupted work gets to end."""
+
 
 class UnscoredLimitError(WorkbenchError, RuntimeError):
     """Too many rollouts could not be judged: their rewards say nothing about the policy."""
@@ -146,12 +149,25 @@ def submit(work: Coroutine[Any, Any, T]) -> Future[T]:
 
 
 def finish(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine gives that runs on the background loop. Whoever interrupts the wait ends the work as well."""
-    future = submit(work)
+    """What a coroutine gives that runs on the background loop. Whoever interrupts the wait ends the work as well.
+
+    An interrupted work gets some time to end what it has started: containers, a deployed app. A second interrupt does
+    not wait for that.
+    """
+    ended = threading.Event()
+
+    async def whole() -> T:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    future = submit(whole())
     try:
         return future.result()
     except BaseException:
         future.cancel()
+        ended.wait(_ENDING)
         raise
 
 

@@ -31,6 +31,7 @@ from lib.config import ArtifactKind, Config, load_config
 from lib.config.tree import PathsSection
 from lib.engine import ANYWHERE, Address, Served
 from lib.export.folder import MANIFEST, artifact_folder, open_artifact
+from lib.export.usage import SERVED
 from lib.front import TOKEN, check_token, front_environment
 from lib.hosts import Host, Server, start
 from lib.log import start_logging
@@ -42,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 HERE = Address()
 ENGINES = ("auto", "vllm", "transformers")
-SERVED: tuple[ArtifactKind, ...] = ("adapter", "merged", "mxfp4")
-"""What vLLM and Transformers can load."""
 
 
 class ServingError(WorkbenchError, ValueError):

@@ -39,7 +39,7 @@ DEPLOY = """
 from lib import modal_app, remote
 from lib.experiment import read_experiment
 experiment = read_experiment()
-plan = remote.make_plan(experiment, "3_grpo_training", "configs/mrl.yaml", ["run_name=defined"])
+plan = remote.make_plan(experiment, "3_grpo_training", "configs/mrl.yaml", ["run_name=defined", "model.name=starter"])
 app = modal_app.define_roles(experiment, plan)
 app.deploy()
 app.stop()

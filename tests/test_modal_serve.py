@@ -90,6 +90,24 @@ def test_a_relay_whose_server_is_gone_says_so_and_has_it_replaced() -> None:
     assert lost == [1] and sent[0]["status"] == 503 and "has ended" in json.loads(sent[1]["body"])["error"]["message"]
 
 
+def test_a_relay_asks_no_other_host_whatever_the_path() -> None:
+    sent: list[Any] = []
+
+    async def nothing() -> None:
+        raise AssertionError("nothing was asked")
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("nothing was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    relay = Relay(8000, nothing)
+    scope = {"type": "http", "method": "GET", "path": "@127.0.0.1:1/v1/models", "query_string": b"", "headers": []}
+    asyncio.run(relay(scope, receive, send))
+    assert sent[0]["status"] == 400 and relay._session is None
+
+
 # -- on the stand-in ---------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +151,7 @@ def test_without_its_secret_nothing_is_deployed(named: Cloud) -> None:
     [
         ("run: other, artifact: merged", "there is no run 'other' on grpo-workbench-outputs-ada-served"),
         (f"run: {RUN}, artifact: mxfp4", "has no whole export 'mxfp4'"),
+        (f"run: {RUN}, artifact: ollama", "artifact 'ollama' cannot be served by vLLM or Transformers"),
     ],
 )
 def test_what_is_not_on_the_volume_is_refused_at_deploy(named: Cloud, text: str, told: str) -> None:

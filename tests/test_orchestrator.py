@@ -520,6 +520,31 @@ def test_where_nobody_can_prove_anything_the_training_stops_and_says_why(tmp_pat
     assert not done.rollouts and not done.metrics
 
 
+def test_a_sync_that_falls_due_while_the_last_worker_ends_does_not_hide_why_none_is_left(tmp_path: Path) -> None:
+    class Slow(SimulatedHosts):
+        async def start_worker(self, name: str, model: str) -> Any:
+            worker = await super().start_worker(name, model)
+            close = worker.close
+
+            async def close_late() -> None:
+                await asyncio.sleep(9.0)
+                await close()
+
+            worker.close = close_late  # type: ignore[method-assign]
+            return worker
+
+    def draw(name: str, what: str) -> str | None:
+        tried[what] = tried.get(what, 0) + 1
+        return "wrong weights" if tried.get("reload", 0) > 1 and what in ("reload", "volume", "checkpoint") else None
+
+    tried: dict[str, int] = {}
+    config = make_config(distributed__workers=1, distributed__overlap=3)
+    quick = Timing(turn=lambda prompt: 0.05)
+    hosts = Slow(Run(tmp_path, config), Witness(Plan.of(config).staleness), STEPS, quick, draw)
+    with pytest.raises(FleetError, match="could not prove its weights by any method"):
+        run_virtually(training(tmp_path, config, hosts, SimulatedTask(), ROWS))
+
+
 class Rotting(SimulatedHosts):
     """The first worker's weights rot a while after its second sync, without a word; `then` may break its next turn."""
 
@@ -641,6 +666,23 @@ def test_a_worker_that_skipped_a_step_too_small_to_differ_is_fenced_all_the_same
     check_finished(done, config)
     (fenced,) = done.events("fenced")
     assert "of the change since version 1" in fenced["why"]
+
+
+def test_a_worker_that_skips_every_step_is_fenced_once_steps_too_small_to_tell_have_added_up(tmp_path: Path) -> None:
+    def drifting(weights: str) -> list[list[float]]:
+        steps = float(weights.split()[0]) if weights != "base" else 0.0
+        return [[-1.0 - 6e-5 * steps for _ in prompt[1:]] for prompt in CANARIES]  # told from noise from about 2e-4 on
+
+    def never_after_the_first(name: str, what: str) -> str | None:
+        asked.append((name, what))
+        return "skipped" if what == "reload" and asked.count((name, what)) > 1 else None
+
+    asked: list[tuple[str, str]] = []
+    witness = Witness(1)
+    witness.canary = drifting
+    done = attempt(tmp_path, make_config(distributed__workers=1), never_after_the_first, witness=witness)
+    first = done.events("fenced")[0]
+    assert "of the change since version 1" in first["why"] and first["version"] > 3
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------

@@ -372,6 +372,15 @@ async def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path) ->
     assert not is_there(client.pid)
 
 
+async def test_a_close_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
+    code = SERVICE + "Service.close = lambda self: time.sleep(60)\nserve(Service)"
+    client = await start(program(tmp_path, code))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await client.close(grace=0.3)
+    assert await until(lambda: family(os.getpid()) == {os.getpid()}, 5)
+
+
 PARENT = """
 import asyncio, sys
 from pathlib import Path

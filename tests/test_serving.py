@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -330,6 +331,34 @@ def test_the_openai_client_asks_and_the_runs_adapter_answers_where_no_model_is_n
     for stream in (False, True):
         with pytest.raises(AskError, match="HTTP 401: the token is missing or wrong"):
             ask_url(server.base_url, prompts_of(run)[:1], 4, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\ndata: ",
+            "gave no answer",
+        ),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", "environment variable: MY_KEY"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_told_and_a_refused_key_by_its_own_name(answer: bytes, told: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def once() -> None:
+            with listening.accept()[0] as caller:
+                asked = b""
+                while b'"messages"' not in asked:  # what is left unread would reset the connection
+                    asked += caller.recv(65536)
+                caller.sendall(answer)
+
+        thread = threading.Thread(target=once)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(AskError, match=told):
+            ask_url(url, [[{"role": "user", "content": "?"}]], 4, key="MY_KEY", stream=True)
+        thread.join(10)
 
 
 def drop_time(record: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Owns merging, packing, conversion, the artifacts' folders and the push. Must not
                print(export_run(read_run('outputs/decisions')))"
 """
 
-from lib.export.artifacts import export_run, push_run
+from lib.export.artifacts import export_run, push_exported, push_run
 from lib.export.errors import ExportError
 from lib.export.folder import Artifact, check_artifact
 
-__all__ = ["Artifact", "ExportError", "check_artifact", "export_run", "push_run"]
+__all__ = ["Artifact", "ExportError", "check_artifact", "export_run", "push_exported", "push_run"]

@@ -8,7 +8,7 @@ Owns the order, the origin of each artifact, and the checks before any is begun.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from lib import models
 from lib.config import ArtifactKind, Config
 from lib.export import gguf, hub, ollama
 from lib.export.adapter import adapter_bytes, write_adapter
-from lib.export.base import Adapter, Checkpoint, check_same_base, open_adapter, open_checkpoint
+from lib.export.base import Adapter, Checkpoint, check_same_base, open_adapter, open_checkpoint, read_json
 from lib.export.card import base_licence, model_card
 from lib.export.errors import ExportError
 from lib.export.folder import (
+    PROOF,
     Artifact,
     Origin,
     artifact_folder,
@@ -59,8 +60,9 @@ class Trained(NamedTuple):
 
 
 def export_run(run: Run, config: Config | None = None) -> list[Artifact]:
-    """Make the artifacts that `config.export` names (None = the run's own config), and push one if it says so.
+    """Make the artifacts that `config.export` names (None = the run's own config).
 
+    Whether one of them may be pushed, if it is to be, is asked first: `push_exported` does it, once they are proven.
     An artifact that is there with the same origin is not made again. One process at a time. Raises ExportError;
     RunError and ModelError where folder or model cannot be used.
     """
@@ -73,17 +75,36 @@ def export_run(run: Run, config: Config | None = None) -> list[Artifact]:
     with exclusive(run.path("stages", "export.lock"), wait=2.0, doing="is exporting this run"):
         trained = open_trained(run, config)
         found = [_export(run, config, trained, kind) for kind in wanted]
-    if config.export.hub.push:
-        push_run(run, next(one for one in found if one.kind == config.export.hub.artifact), config)
     return found
 
 
-def push_run(run: Run, artifact: Artifact, config: Config | None = None) -> hub.Pushed:
-    """Push a finished artifact with a card about the run. Raises ExportError."""
+def push_exported(run: Run, artifacts: Sequence[Artifact], config: Config | None = None) -> hub.Pushed | None:
+    """Push the artifact that `config.export.hub` names; None where nothing is to be pushed. Raises ExportError."""
     config = config or run.config
+    if not config.export.hub.push:
+        return None
+    return push_run(run, next(one for one in artifacts if one.kind == config.export.hub.artifact), config)
+
+
+def push_run(run: Run, artifact: Artifact, config: Config | None = None) -> hub.Pushed:
+    """Push a finished artifact with a card about the run. Raises ExportError; also where a proof of it has failed."""
+    config = config or run.config
+    _check_no_proof_failed(artifact)
     source = Path(_base_source(run, config))
     folder = source if source.is_dir() else open_checkpoint(str(source), config.model).folder
     return hub.push(artifact, model_card(artifact, run, base_licence(folder)), config.export.hub)
+
+
+def _check_no_proof_failed(artifact: Artifact) -> None:
+    path = artifact.folder / PROOF
+    if not path.is_file():
+        raise ExportError(
+            f"{artifact.kind} is not proven yet, so it is not pushed: notebook 5_export_and_serve does both"
+        )
+    proof = read_json(path)
+    failed = [name for name, check in proof["checks"].items() if check["passed"] is False]
+    if failed:
+        raise ExportError(f"{artifact.kind} is NOT the policy that was trained, so it is not pushed: {proof['why']}")
 
 
 def open_trained(run: Run, config: Config) -> Trained:

@@ -117,7 +117,8 @@ def open_adapter(folder: Path, file: str = ADAPTER) -> Adapter:
 def check_same_base(adapter: Adapter, source: str) -> None:
     """Refuse an adapter that was trained on another base; a folder is known by its name, wherever it lies."""
     recorded = str(adapter.config.get("base_model_name_or_path") or "")
-    if recorded and recorded != source and Path(recorded).name != Path(source).name:
+    moved = Path(recorded).name == Path(source).name and (Path(recorded).is_absolute() or Path(source).is_dir())
+    if recorded and recorded != source and not moved:
         raise ExportError(
             f"the adapter was trained on {_shown(recorded)}, and this run's base is {_shown(source)}: set model.name "
             f"to the base that it was trained on"

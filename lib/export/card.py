@@ -113,6 +113,9 @@ def _evaluation(run: Run) -> str:
         return "## Evaluation\n\nThis run was not evaluated on held-out rows.\n"
     lines = ["| policy | rows | mean reward | 95 % interval |", "|---|---|---|---|"]
     for one in policies:
+        if one["reward"] is None:  # no answer could be scored, which is no 0
+            lines.append(f"| {one['policy']} | {one['n']} | unknown | |")
+            continue
         lines.append(f"| {one['policy']} | {one['n']} | {one['reward']:.4f} | {one['low']:.4f} to {one['high']:.4f} |")
     return "## Evaluation\n\nOn held-out rows.\n\n" + "\n".join(lines) + "\n"
 

@@ -7,9 +7,10 @@ Owns when an answer is good enough, and how it is said. Must not know where the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.config import ArtifactKind
 from lib.export.agreement import Agreement, limits_of
@@ -19,6 +20,9 @@ from lib.export.weights import Weights
 from lib.generate import Chat
 from lib.paired import compare, summarize
 from lib.task import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKS = ("weights", "answers", "prompts", "reward")
 
@@ -107,7 +111,26 @@ def prompts_check(policy: Chat, artifact: Chat, chats: Sequence[Sequence[Message
             )
         if expected is not None and policy.prompt_ids(chat) != artifact.prompt_ids(chat):
             return Check("prompts", False, "the same text becomes other tokens", figures)
+    hidden = _hidden_difference(policy.tokenizer, artifact.tokenizer)
+    if hidden:
+        return Check("prompts", False, f"{hidden}, though the chats that were tried become the same", figures)
     return Check("prompts", True, f"{figures['chats']} chats byte for byte, ends with {', '.join(ends[1])}", figures)
+
+
+def _hidden_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
+    """What no chat may have shown: a template's branch for tools, how other texts are split, or ids shown as text."""
+    if ours.chat_template != theirs.chat_template:
+        return "its chat template is another one"
+    own, its = _steps(ours), _steps(theirs)
+    differing = sorted(key for key in own.keys() | its.keys() if own.get(key) != its.get(key))
+    return f"its tokenizer has another {differing[0]}" if differing else ""
+
+
+def _steps(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a fast tokenizer does, by the parts of its file; {} for others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = dict(json.loads(backend.to_str())) if backend is not None else {}
+    return {name: step for name, step in steps.items() if name not in ("truncation", "padding")}  # of the last call
 
 
 def modelfile_check(

@@ -58,8 +58,8 @@ def push(artifact: Artifact, card: str, settings: HubSection) -> Pushed:
     A repository of an earlier push is brought to this artifact: what is not of it is deleted in the same commit. One
     that holds somebody else's files, or is public where `private` is asked for, is refused.
     """
+    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     token, repo = check_push(settings)
     check_artifact(artifact.folder)
@@ -75,7 +75,8 @@ def push(artifact: Artifact, card: str, settings: HubSection) -> Pushed:
         operations += [CommitOperationDelete(name) for name in there if name not in {*names, *_OWN}]
         origin = artifact.facts["origin"]
         done = api.create_commit(repo, operations, commit_message=f"{origin['run']}: {artifact.kind}")
-    except (HfHubHTTPError, ValueError) as error:  # ValueError: what the Hub said was wrong with the card or a file
+    # HTTPError and OSError: refused, or not reached. ValueError: what the Hub said was wrong with the card or a file.
+    except (HTTPError, OSError, ValueError) as error:
         raise ExportError(_refused(repo, error)) from None
     logger.info("export: %s pushed to %s (%s)", artifact.kind, repo, done.oid[:8])
     return Pushed(repo, done.oid, str(done.repo_url))
@@ -108,4 +109,4 @@ def _refused(repo: str, error: Exception) -> str:
             f"repository of your own"
         )
     told = str(error).strip().splitlines() or ["no reason given"]
-    return f"the Hub refused the push to {repo}: {told[0]}. The artifact is on disk: run the same command again"
+    return f"the Hub did not take the push to {repo}: {told[0]}. The artifact is on disk: run the same command again"

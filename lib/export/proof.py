@@ -24,7 +24,7 @@ from lib.config import Config
 from lib.evaluate import held_out_rows
 from lib.export.agreement import Heard, Spoken, agreement, listen
 from lib.export.artifacts import Trained, open_trained
-from lib.export.base import open_adapter, open_checkpoint, read_json
+from lib.export.base import open_adapter, open_checkpoint
 from lib.export.checks import (
     CHECKS,
     Check,
@@ -40,6 +40,7 @@ from lib.export.errors import ExportError
 from lib.export.folder import PROOF, Artifact
 from lib.export.modelfile import Modelfile, read_modelfile
 from lib.export.ollama import MODELFILE, begin_of_text, converter_config
+from lib.export.tokenizers import generation_difference, other_copy
 from lib.export.weights import Expected, Weights, compare_adapters
 from lib.generate import Chat, batched, chat_of, local_sample, unloaded_chat, within_limit
 from lib.patience import Patience
@@ -140,6 +141,9 @@ class _Session:
     """What all artifacts of a run are held against."""
 
     def __init__(self, run: Run, config: Config, trained: Trained, task: Task, rows: Sequence[Row]) -> None:
+        # Weights kept in MXFP4 carry no adapter of experts, and those in 4 bits are not what an adapter is merged into.
+        if config.model.quantization in ("mxfp4", "4bit"):
+            config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "auto"})})
         self.run, self.config, self.trained, self.task = run, config, trained, task
         source = models.resolve_model(config, run.read_rows("train") if config.model.name == models.STARTER else [])
         self.source, self.result = source, run.folder / ("adapter" if trained.adapter else "model")
@@ -216,6 +220,9 @@ class _Session:
             weights = weights_check(self._ollama_weights(artifact.folder, modelfile), artifact.kind)
         chat = self.chat
         prompts = modelfile_check(chat, modelfile, self._chats(), begin_of_text(model, chat.tokenizer))
+        other = other_copy(model, self.trained.tokenizer) if model.is_dir() else ""
+        if other:
+            prompts = Check("prompts", False, f"its {other} is not the policy's", prompts.figures)
         made_of = str(artifact.facts["facts"]["made_of"])
         if source is None or not source.proven:
             state = "was not proven here" if source is None else "is not proven"
@@ -240,7 +247,12 @@ class _Session:
             return found
         if self.trained.adapter is None:
             raise ExportError("the run trained all weights: there is no adapter to compare with")
-        return compare_adapters(self.trained.adapter, open_adapter(artifact.folder))
+        opened = open_adapter(artifact.folder)
+        found = compare_adapters(self.trained.adapter, opened)
+        named = tuple(opened.config.get(key) for key in ("base_model_name_or_path", "revision"))
+        if named != (self.trained.base, self.trained.revision):
+            found.wrong.append(f"it names the base {named[0]} ({named[1]}) in place of {self.trained.base}")
+        return found
 
     @cached_property
     def _merged(self) -> Expected:
@@ -263,12 +275,10 @@ class _Session:
 
     def _prompts(self, artifact: Artifact) -> Check:
         """Its chats, and what its files say for themselves about the end of an answer: vLLM goes by these."""
-        for name in ("generation_config.json", "config.json"):
-            paths = [folder / name for folder in (self.trained.weights.folder, artifact.folder)]
-            if all(path.is_file() for path in paths):
-                own, its = (read_json(path).get("eos_token_id") for path in paths)
-                if own != its:
-                    return Check("prompts", False, f"{name} ends answers with {its} in place of {own}", {})
+        if artifact.kind != "adapter":
+            said = generation_difference(self.trained.weights.folder, artifact.folder)
+            if said:
+                return Check("prompts", False, said, {})
         return prompts_check(self.chat, self._chat(artifact), self._chats())
 
     def _chat(self, artifact: Artifact) -> Chat:

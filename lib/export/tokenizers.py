@@ -23,7 +23,8 @@ FILES = (
     "tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-BESIDE = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+GENERATION = "generation_config.json"
+BESIDE = (GENERATION, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 """What else of the base belongs to a whole model."""
 
 
@@ -44,6 +45,24 @@ def check_same_tokenizer(base: PreTrainedTokenizerBase, trained: PreTrainedToken
                 f"the {what} beside the adapter is not the base's: what is served would be asked otherwise than it was "
                 f"trained. Put the right one into both folders, or train again on the base as it is now"
             )
+
+
+def generation_difference(own: Path, its: Path) -> str:
+    """Where two models' folders differ in how to sample when a request does not say (vLLM's own default); "" = not."""
+    files = [folder / GENERATION for folder in (own, its)]
+    known, found = (read_json(file) if file.is_file() else {} for file in files)
+    keys = sorted((known.keys() | found.keys()) - {"transformers_version"})
+    key = next((key for key in keys if known.get(key) != found.get(key)), None)
+    return f"{GENERATION}: {key} is {found.get(key)!r:.80} in place of {known.get(key)!r:.80}" if key else ""
+
+
+def other_copy(one: Path, other: Path) -> str:
+    """The first of the files that Ollama is given as they are whose bytes differ in two folders; "" = none."""
+    for name in ("tokenizer.json", "tokenizer.model", GENERATION):
+        first, second = ((folder / name).read_bytes() if (folder / name).is_file() else None for folder in (one, other))
+        if first != second:
+            return name
+    return ""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

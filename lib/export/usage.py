@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lib.config import ArtifactKind
 from lib.export.folder import Artifact
 from lib.export.ollama import commands
 from lib.runfolder import Run
 
-SERVED = ("adapter", "merged", "mxfp4")
+SERVED: tuple[ArtifactKind, ...] = ("adapter", "merged", "mxfp4")
 """What vLLM and Transformers take."""
 
 

@@ -53,7 +53,7 @@ class Slot:
         self._held: Target | None = None
         """What this process has loaded and was proven to hold."""
         self._before: Target | None = None
-        """What this process would still serve where it had not followed."""
+        """What this process was last seen to follow, or began with: what it would serve had it taken nothing since."""
         self._ahead = False
         self._looked: Target | None = None
         """What it was asked for last as the weights that it had proven before."""
@@ -73,8 +73,8 @@ class Slot:
             self.given_up = str(error)
             self._events.add(self.name, "given_up", why=self.given_up)
             logger.error("%s is given up: %s", self.name, self.given_up)
+            self._fleet.check_any_left()  # before anything is waited for: without a worker there is nothing to sync
             await self._close()
-            self._fleet.check_any_left()
 
     def new_weights(self) -> None:
         """There are newer weights: begin no more turns on the old ones."""
@@ -179,7 +179,9 @@ class Slot:
             proof = await self._ask(canary, await before.canary() if before else None)
         self._note_proof(target, proof, self._events.now() - began)
         if proof.holds:
-            self._held = self._before = target
+            self._held = target
+            if proof.followed or self._before is None:
+                self._before = target  # not after a step too small to tell: such steps add up until they can be told
             return proof
         if loaded:
             self._fleet.revoke(self.name, release.version, proof.why)

@@ -141,14 +141,19 @@ class Client:
         return self.lost
 
     async def close(self, grace: float = 10.0) -> None:
-        """Let the service close, then end the child and whatever it started; again does nothing."""
+        """Let the service close, then end the child and whatever it started, also where the caller waits no longer.
+
+        Again does nothing.
+        """
         self._closing = True
-        if not self.lost:
-            self._send(json.dumps({"end": True}))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace):
-                    await asyncio.shield(self._ended)
-        await self.end()
+        try:
+            if not self.lost:
+                self._send(json.dumps({"end": True}))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace):
+                        await asyncio.shield(self._ended)
+        finally:
+            await self.end()
 
     async def end(self) -> None:
         """End the child and whatever it started, at once; again does nothing."""

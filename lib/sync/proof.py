@@ -112,7 +112,8 @@ def compare(
     No token may differ by more than `tolerance` (None = by `dtype`, the type that the worker serves in). A step of a
     small learning rate moves less than that: so where the actor's answer differs from `before`'s (the weights that the
     worker had) by more than noise, the worker's has to have moved with it, prompt by prompt, and apart for the tokens
-    that it reads through its cache.
+    that it reads through its cache. Steps that are too small to tell add up: give as `before` the last weights that the
+    worker was seen to follow (Proof.followed).
     """
     lengths = [len(row) for row in canary.logprobs]
     if not sum(lengths) or [len(row) for row in answered] != lengths:
@@ -127,15 +128,17 @@ def compare(
     if worst > limit:
         why = f"log-probabilities differ by up to {worst:.3g}, more than {limit:g}"
         return Proof(canary.version, False, worst, why)
+    followed = False
     if before is not None and before.prompts == canary.prompts:
         for share in _shares(canary.logprobs, answered, before.logprobs, noise.usual):
             if not FOLLOWED[0] <= share <= FOLLOWED[1]:
                 why = f"it shows {share:.0%} of the change since version {before.version}: old weights, or a mixture"
                 return Proof(canary.version, False, worst, why)
+            followed = True
         if any(map(_old_cache, canary.logprobs, answered, before.logprobs)):
             why = f"what it reads through its cache is not from these weights, but from version {before.version} or so"
             return Proof(canary.version, False, worst, why)
-    return Proof(canary.version, True, worst)
+    return Proof(canary.version, True, worst, followed=followed)
 
 
 def _shares(

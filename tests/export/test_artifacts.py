@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lib import PROJECT_ROOT
 from lib.config import Config, ConfigError, parse_config
 from lib.export import ExportError, check_artifact, export_run
 from lib.export import folder as folders
+from lib.export.base import Adapter, check_same_base
 from lib.export.card import without_places
 from lib.runfolder import Run, RunError, hash_file, read_run
 
@@ -201,6 +203,18 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/somewhere/else/llama"}))
     assert "the adapter was trained on llama, and this run's base is base: set model.name" in refusal(run)
     assert_no_trace(run)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "source", "fits"),
+    [("one/model", "one/model", True), ("one/model", "two/model", False), ("/there/model", "/elsewhere/model", True)],
+)
+def test_folders_are_known_by_their_name_and_hub_models_by_their_owner_too(
+    recorded: str, source: str, fits: bool, tmp_path: Path
+) -> None:
+    adapter = Adapter(tmp_path, {"base_model_name_or_path": recorded}, {})
+    with nullcontext() if fits else pytest.raises(ExportError, match="was trained on one/model"):
+        check_same_base(adapter, source)
 
 
 def test_a_base_that_changed_since_the_training_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merge import assert_same_bits, merged
 from tiny_models import load, tiny_adapter, tiny_gpt_oss, tiny_llama
 
@@ -16,6 +16,7 @@ from lib.export import ExportError
 from lib.export.base import open_adapter, open_checkpoint
 from lib.export.merge import Merge
 from lib.export.mxfp4 import VALUES, Packed, dequantize, deviation, packed_shapes, quantize
+from lib.export.weights import Expected
 
 
 def random_packed(seed: int = 0, low: int = 0, high: int = 252) -> Packed:
@@ -212,3 +213,20 @@ def test_blocks_of_another_layout_are_refused(tmp_path: Path) -> None:
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(ExportError, match="down_proj_scales has no blocks beside it"):
         merged(base, None, tmp_path / "merged")
+
+
+def test_one_expert_of_many_without_its_change_is_found(tmp_path: Path) -> None:
+    """Packed, the change of a small adapter is within a step, and one expert of 128 is less than 1 % of its stack."""
+    base = open_checkpoint(str(tiny_gpt_oss(tmp_path / "base", mxfp4=True, num_local_experts=128)), ModelSection())
+    adapter = open_adapter(tiny_adapter(base.folder, tmp_path / "adapter", experts=True, size=0.03))
+    folder = tmp_path / "mxfp4"
+    folder.mkdir()
+    Merge(base, adapter, "mxfp4").write(folder, 10**9)
+    assert not Expected(base, adapter).compare(open_checkpoint(str(folder), ModelSection())).wrong
+    own, kept = load_file(base.folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    stem = "model.layers.0.mlp.experts.gate_up_proj"
+    for end in ("_blocks", "_scales"):
+        kept[f"{stem}{end}"][7] = own[f"{stem}{end}"][7]
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    (wrong,) = Expected(base, adapter).compare(open_checkpoint(str(folder), ModelSection())).wrong
+    assert stem in wrong

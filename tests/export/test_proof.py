@@ -211,6 +211,42 @@ def modelfile_of_the_base(one: Exported, kind: str, folder: Path) -> None:
     merged_anew(one, one.made["ollama"].facts["facts"]["made_of"], folder / "model", None)
 
 
+def template_changed_for_tools(one: Exported, kind: str, folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + "{%- if tools %}{{ tools | length }}{%- endif %}")
+
+
+def other_sampling(one: Exported, kind: str, folder: Path) -> None:
+    """What vLLM would take where a request does not say."""
+    config(folder, "generation_config.json", do_sample=True, temperature=0.1, repetition_penalty=1.3)
+
+
+def no_sampling(one: Exported, kind: str, folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def token_made_special(one: Exported, kind: str, folder: Path) -> None:
+    """The same ids, and a word that vanishes from every answer."""
+    fitted = json.loads((folder / "tokenizer.json").read_text())
+    fitted["added_tokens"][-1]["special"] = not fitted["added_tokens"][-1]["special"]
+    (folder / "tokenizer.json").write_text(json.dumps(fitted))
+
+
+def other_dtype(one: Exported, kind: str, folder: Path) -> None:
+    config(folder, "config.json", dtype="float16")
+
+
+def adapter_of_another_base(one: Exported, kind: str, folder: Path) -> None:
+    config(folder, "adapter_config.json", base_model_name_or_path="somebody/else")
+
+
+def tokenizer_for_ollama_changed(one: Exported, kind: str, folder: Path) -> None:
+    path = folder / "model" / "tokenizer.json"
+    text = path.read_text()
+    path.unlink()  # it may be a link to the artifact's
+    path.write_text(text + " ")
+
+
 def other_config(one: Exported, kind: str, folder: Path) -> None:
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     config(folder, "config.json", rope_parameters=rope | {"rope_theta": 5e5})
@@ -220,16 +256,20 @@ WHOLE = {
     merge_skipped: "weights", wrong_alpha: "weights", layers_swapped: "weights", one_tensor_swapped: "weights",
     one_number_changed: "weights", wrong_stop: "prompts", wrong_end_of_turn: "prompts", changed_template: "prompts",
     other_tokens: "prompts", other_config: "weights",
+    template_changed_for_tools: "prompts", other_sampling: "prompts", no_sampling: "prompts",
+    token_made_special: "prompts", other_dtype: "weights",
 }  # fmt: skip
 EXPERTS = {experts_renamed: "weights", experts_made_anew: "weights", only_annotated: "weights"}
 USUAL = {merge_skipped: "weights", wrong_alpha: "weights", layers_swapped: "weights", wrong_stop: "prompts"}
 """Enough for every other architecture."""
 PACKED = {a_block_swapped: "weights", scales_of_another_layer: "weights"}
 ADAPTER = {adapter_of_another_alpha: "weights", adapter_without_a_layer: "weights", changed_template: "prompts"}
+ADAPTER |= {adapter_of_another_base: "weights"}
 OLLAMA = {
     modelfile_of_another_template: "prompts",
     modelfile_without_a_stop: "prompts",
     modelfile_of_the_base: "weights",
+    tokenizer_for_ollama_changed: "prompts",
 }
 
 
@@ -320,6 +360,13 @@ def test_a_run_that_trained_all_weights_is_proven_against_what_it_trained(tmp_pa
     found = prove_run(run, [*made, base], task_of(run))
     assert [proof.proven for proof in found] == [True, True, False], [proof.why for proof in found]
     assert "is not the original" in found[2].why
+
+
+def test_a_policy_that_is_asked_in_mxfp4_is_proven_unpacked(tmp_path: Path) -> None:
+    run = trained_run(tmp_path, "gpt_oss_mxfp4", export={"artifacts": ["merged"]})
+    kept = run.config.model.model_copy(update={"quantization": "mxfp4"})
+    (found,) = prove_run(run, export_run(run), task_of(run), run.config.model_copy(update={"model": kept}))
+    assert found.proven, found.why
 
 
 def test_an_adapter_that_changes_nothing_proves_nothing(tmp_path: Path) -> None:

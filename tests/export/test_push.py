@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from push_hub import READER, WRITER, PushHub, running_push_hub
 from tiny_models import tiny_gpt_oss, tiny_llama
 
 from lib.config import Config, parse_config
-from lib.export import ExportError, export_run, gguf, push_run
+from lib.export import Artifact, ExportError, export_run, gguf, push_exported, push_run
+from lib.export.card import model_card
 from lib.runfolder import Run
 
 RESULT = {"policies": [{"policy": "adapter sampled", "n": 64, "reward": 0.71234, "low": 0.65, "high": 0.77}]}
@@ -37,9 +39,23 @@ def pushing(run: Run, **settings: object) -> Config:
     return parse_config(run.config.as_json() | {"export": {"hub": {"push": True, "repo": "owner/model", **settings}}})
 
 
+def proven(artifact: Artifact, passed: bool | None = True) -> Artifact:
+    """The artifact, with a proof as lib/export/proof.py leaves it."""
+    checks = {"weights": {"passed": passed}, "reward": {"passed": None}}
+    proof = {"artifact": artifact.kind, "proven": False, "why": "weights: those of the base", "checks": checks}
+    (artifact.folder / "proof.json").write_text(json.dumps(proof))
+    return artifact
+
+
+def export_and_push(run: Run, config: Config) -> list[Artifact]:
+    artifacts = [proven(one) for one in export_run(run, config)]
+    assert push_exported(run, artifacts, config)
+    return artifacts
+
+
 def refusal(run: Run, config: Config) -> str:
     with pytest.raises(ExportError) as caught:
-        export_run(run, config)
+        export_and_push(run, config)
     return str(caught.value)
 
 
@@ -51,11 +67,11 @@ def test_a_push_makes_a_private_repository_with_every_file_and_a_card_in_one_com
     run = finished_run(tmp_path, base)
     run.finish({"evaluation": RESULT})
     monkeypatch.setenv("HF_REPO_ID", "owner/by-environment")
-    _, merged = export_run(run, pushing(run, repo=""))
+    _, merged = export_and_push(run, pushing(run, repo=""))
     files = hub.repos["owner/by-environment"]
     assert hub.private["owner/by-environment"]
     assert hub.commits == ["trained: merged"]
-    for path in merged.folder.iterdir():
+    for path in {*merged.folder.iterdir()} - {merged.folder / "proof.json"}:
         assert files[path.name] == path.read_bytes()
     card = files["README.md"].decode()
     header = yaml.safe_load(card.split("---")[1])
@@ -71,7 +87,7 @@ def test_a_push_makes_a_private_repository_with_every_file_and_a_card_in_one_com
 
 def test_a_second_push_leaves_nothing_of_the_first_behind(hub: PushHub, tmp_path: Path) -> None:
     run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
-    adapter, _ = export_run(run, pushing(run))
+    adapter, _ = export_and_push(run, pushing(run))
     assert "model.safetensors" in hub.repos["owner/model"]
     done = push_run(run, adapter, pushing(run))
     assert done.repo == "owner/model"
@@ -115,11 +131,42 @@ def test_a_public_repository_or_somebody_elses_is_not_written_to(hub: PushHub, t
     run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
     hub.repos["owner/model"], hub.private["owner/model"] = {".gitattributes": b"", "README.md": b""}, False
     assert "is there and public, and export.hub.private is true" in refusal(run, pushing(run))
-    export_run(run, pushing(run, private=False))
+    export_and_push(run, pushing(run, private=False))
     assert "model.safetensors" in hub.repos["owner/model"]
     hub.repos["owner/model"] = {"model.safetensors": b"theirs"}
     assert "holds files that no export of this workbench put there" in refusal(run, pushing(run, private=False))
     assert hub.repos["owner/model"] == {"model.safetensors": b"theirs"}
+
+
+def test_only_what_no_proof_speaks_against_is_pushed(hub: PushHub, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    _, merged = export_run(run)
+    with pytest.raises(ExportError, match="merged is not proven yet"):
+        push_run(run, merged, pushing(run))
+    with pytest.raises(
+        ExportError, match="NOT the policy that was trained, so it is not pushed: weights: those of the"
+    ):
+        push_run(run, proven(merged, False), pushing(run))
+    assert hub.commits == [] and push_exported(run, [merged]) is None
+    push_run(run, proven(merged, None), pushing(run))
+    assert hub.commits == ["trained: merged"]
+
+
+def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    _, merged = export_run(run)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ExportError, match=r"did not take the push to owner/model: .*run the same command again"):
+        push_run(run, proven(merged), pushing(run))
+
+
+def test_a_policy_without_a_scored_answer_is_unknown_on_the_card(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    _, merged = export_run(run)
+    nothing = {"policy": "adapter greedy", "n": 0, "reward": None, "low": None, "high": None}
+    run.finish({"evaluation": {"policies": [nothing]}})
+    assert "| adapter greedy | 0 | unknown | |" in model_card(merged, run, {})
 
 
 def test_a_damaged_artifact_is_not_pushed(hub: PushHub, tmp_path: Path) -> None:
