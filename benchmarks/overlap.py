@@ -1,20 +1,20 @@
 """What does sampling the next batch while the actor trains gain? Real vLLM workers and a real actor on this machine.
 
-Trainings of `decisions` on the starter policy, one with `distributed.overlap: 0` and one with 1 by turns, all else
-equal: orchestrator here, actor and workers in processes of their own, weights synced and proven after every step.
-Throughput = rollouts trained on per second, from the end of one step near the beginning to the end of the last.
+A training of `decisions` on the starter policy: orchestrator here, actor and one rollout worker in processes of their
+own, weights synced and proven after every step. `distributed.overlap` is 0 and 1 by turns, a few steps each, so that a
+pair is measured in the same processes within a minute; the first step after a turn is not counted. Throughput =
+rollouts trained on per second. Bar: 1.10, the median of the pairs.
 
     quick    the reward is arithmetic: only what one of the processes leaves idle can be gained
     scored   a score is a while in coming (lognormal, median --latency, sigma 0.5), as from a judge or a remote sandbox
 
-Every process has its share of the cores, as users have it: one worker and the actor one each on two cores, whatever the
-overlap; without it one of them always waits. Bar: 1.10, the median of the pairs, for both. `wide` is overlap 0 with all
-cores for whichever process has something to do: for comparison, as no setting asks for it.
+Every process has its share of the cores, as users have it: actor and worker one each on two, whatever the overlap.
+`--threads 2` gives both of them both, which is more than there is once they work side by side.
 
-Exit status 0 = every bar is met. On a machine that others use, read the load.
+Exit status 0 = the bar is met in every scenario. `load` = processes that wanted to run, on average: beside ours, 0.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/overlap.py --out overlap.json             # about 15 minutes
-    PYTHONPATH=. .venv/bin/python benchmarks/overlap.py --only quick --pairs 1
+    PYTHONPATH=. .venv/bin/python benchmarks/overlap.py --out overlap.json             # about 8 minutes
+    PYTHONPATH=. .venv/bin/python benchmarks/overlap.py --only quick --pairs 2
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from lib.backends import distributed
 from lib.config import load_config
+from lib.orchestrator.training import Training
 from lib.prepare import prepare
 from lib.processes import Processes
 from lib.runfolder import Run, open_run
@@ -54,106 +58,98 @@ class Scored(Decisions, frozen=True):
         return await super().score(rollout)
 
 
-class AllCores(Processes):
-    """Every process may use the whole machine."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._threads = os.cpu_count()
-
-
 class Never:
     def requested(self, step_seconds: float) -> bool:
         return False
 
 
-class Measured(NamedTuple):
+class Turn(NamedTuple):
+    """Some steps with the same overlap."""
+
     rate: float
     """Rollouts a second."""
-    step: float
-    """Seconds."""
     actor: float
     worker: float
     """Shares of the time in which they had something to do."""
-    load: float
-    """Processes that wanted to run, the machine's average of the last minute."""
 
 
-class Bench:
-    """The trainings of one scenario."""
+@contextmanager
+def by_turns(steps: int) -> Iterator[None]:
+    """Overlap 0 and 1, so many batches each."""
+    open_batches = Training._open_batches
 
-    def __init__(self, options: argparse.Namespace, folder: Path, name: str, seconds: float) -> None:
-        self._options, self._folder, self._name, self._seconds = options, folder, name, seconds
-        self._count = 0
+    def turn(training: Training) -> None:
+        overlap = training._consumed // steps % 2
+        training._plan = training._plan._replace(overlap=overlap)
+        open_batches(training)
 
-    def train(self, overlap: int, hosts: type[Processes] = Processes) -> Measured:
-        """One whole training; its figures after the first steps."""
-        self._count += 1
-        steps = self._options.warm + self._options.steps
-        config = load_config(
-            self._options.config,
-            {
-                "backend": "distributed",
-                "paths.outputs": str(self._folder),
-                "paths.cache": str(self._folder / "cache"),
-                "training.steps": steps,
-                "training.save_steps": steps,
-                "training.batch": self._options.batch,
-                "sampling.vllm.max_length": 128,
-                "distributed.workers": 1,
-                "distributed.in_flight": self._options.batch,
-                "distributed.overlap": overlap,
-            },
-        )
-        run = open_run(f"{self._name}-{self._count}", config)
-        prepare(load_task(config.task.name, **config.task.params), run)
-        task = Scored(**config.task.params, seconds=self._seconds)
-        distributed.train(config, task, run.read_rows("train"), run, Never(), hosts(config, run))
-        return figures(run, self._options.warm)
+    with mock.patch.object(Training, "_open_batches", turn):
+        yield
 
 
-def figures(run: Run, warm: int) -> Measured:
-    metrics = run.metrics()
-    counted = metrics[warm:]
-    step = (counted[-1]["time"] - metrics[warm - 1]["time"]) / len(counted)
-    actor, worker = (1 - statistics.mean(m[f"idle/{role}"] for m in counted) for role in ("actor", "workers"))
-    return Measured(run.config.training.batch / step, step, actor, worker, os.getloadavg()[0])
+def train(options: argparse.Namespace, folder: Path, name: str, seconds: float) -> Run:
+    """One warm-up turn of both, then the pairs."""
+    steps = 2 * options.steps * (options.pairs + 1)
+    settings = {
+        "backend": "distributed",
+        "paths.outputs": str(folder),
+        "paths.cache": str(folder / "cache"),
+        "training.steps": steps,
+        "training.save_steps": steps,
+        "training.batch": options.batch,
+        "sampling.vllm.max_length": 128,
+        "distributed.workers": 1,
+        "distributed.in_flight": options.batch,
+        "distributed.overlap": 1,
+    }
+    config = load_config(options.config, settings)
+    run = open_run(name, config)
+    prepare(load_task(config.task.name, **config.task.params), run)
+    hosts = Processes(config, run)
+    hosts._threads = options.threads or hosts._threads
+    task = Scored(**config.task.params, seconds=seconds)
+    with by_turns(options.steps):
+        distributed.train(config, task, run.read_rows("train"), run, Never(), hosts)
+    return run
 
 
-def scenario(bench: Bench, name: str, pairs: int, wide: bool) -> dict[str, Any]:
+def turns(metrics: Sequence[Mapping[str, Any]], batch: int, steps: int) -> list[Turn]:
+    """By turns, overlap 0 first; without the first step of each."""
+    found = []
+    for start in range(0, len(metrics), steps):
+        own = metrics[start : start + steps]
+        seconds = own[-1]["time"] - own[0]["time"]
+        busy = [1 - statistics.mean(m[f"idle/{role}"] for m in own[1:]) for role in ("actor", "workers")]
+        found.append(Turn(batch * (len(own) - 1) / seconds, *busy))
+    return found
+
+
+def scenario(options: argparse.Namespace, folder: Path, name: str, seconds: float) -> dict[str, Any]:
     """Print and return the figures of one scenario."""
-    found: list[tuple[Measured, Measured]] = []
-    for number in range(pairs):
-        both = {overlap: bench.train(overlap) for overlap in ((0, 1) if number % 2 else (1, 0))}
-        found.append((both[0], both[1]))
-        print(f"  {name}: {told(both[0])} | {told(both[1])} | {both[1].rate / both[0].rate:.2f}", flush=True)
-    ratios = [one.rate / zero.rate for zero, one in found]
-    ratio = statistics.median(ratios)
-    print(f"{name}: overlap 1 / overlap 0 = {ratio:.2f}, spread {min(ratios):.2f} to {max(ratios):.2f}, {pairs} pairs; "
-          f"bar {BAR:.2f}: {'PASS' if ratio >= BAR else 'FAIL'}", flush=True)  # fmt: skip
-    result: dict[str, Any] = {"ratio": ratio, "pairs": [[one._asdict() for one in pair] for pair in found]}
-    if wide:
-        alone = bench.train(0, AllCores)
-        result["wide"] = alone._asdict()
-        usual = statistics.median(pair[0].rate for pair in found)
-        print(f"  {name}, wide: {told(alone)} | {alone.rate / usual:.2f} of overlap 0's median", flush=True)
-    return result
+    run = train(options, folder, name, seconds)
+    all_turns = turns(run.metrics(), options.batch, options.steps)[2:]
+    pairs = list(zip(all_turns[::2], all_turns[1::2], strict=True))
+    for zero, one in pairs:
+        print(f"  {name}: {told(zero)} | {told(one)} | {one.rate / zero.rate:.2f}")
+    ratios = [one.rate / zero.rate for zero, one in pairs]
+    ratio, load = statistics.median(ratios), os.getloadavg()[1]
+    print(f"{name}: overlap 1 / overlap 0 = {ratio:.2f}, spread {min(ratios):.2f} to {max(ratios):.2f}, {len(pairs)} "
+          f"pairs; load {load:.1f}; bar {BAR:.2f}: {'PASS' if ratio >= BAR else 'FAIL'}", flush=True)  # fmt: skip
+    return {"ratio": ratio, "load": load, "pairs": [[turn._asdict() for turn in pair] for pair in pairs]}
 
 
-def told(one: Measured) -> str:
-    return (f"{one.rate:6.1f} rollouts/s, {one.step:.2f} s a step, busy: actor {one.actor:.0%}, worker "
-            f"{one.worker:.0%} (load {one.load:.1f})")  # fmt: skip
+def told(turn: Turn) -> str:
+    return f"{turn.rate:6.1f} rollouts/s, busy: actor {turn.actor:.0%}, worker {turn.worker:.0%}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="configs/decisions.yaml")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warm", type=int, default=3, help="steps at the beginning that are not counted")
-    parser.add_argument("--latency", type=float, default=0.3, help="median seconds of a score, where it takes its time")
+    parser.add_argument("--steps", type=int, default=6, help="of a turn; the first one is not counted")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--wide", action="store_true", help="also overlap 0 with all cores for every process, once")
+    parser.add_argument("--latency", type=float, default=0.3, help="median seconds of a score, where it takes its time")
+    parser.add_argument("--threads", type=int, help="of every process; default: its share of the cores")
     parser.add_argument("--only", choices=("quick", "scored"))
     parser.add_argument("--out", help="also write the figures to this JSON file")
     options = parser.parse_args()
@@ -162,8 +158,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder:
         for name, seconds in (("quick", 0.0), ("scored", options.latency)):
             if options.only in (None, name):
-                bench = Bench(options, Path(folder), name, seconds)
-                results[name] = scenario(bench, name, options.pairs, options.wide)
+                results[name] = scenario(options, Path(folder), name, seconds)
     if options.out:
         Path(options.out).write_text(json.dumps(vars(options) | results, indent=1))
     return 0 if all(result["ratio"] >= BAR for result in results.values()) else 1
