@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -49,6 +49,7 @@ NAME = "serve"
 ORDER = "WORKBENCH_SERVED"
 """Environment variable of the container: run, artifact, engine and how long to wait, as JSON."""
 _HUB = "huggingface-secret"
+_NO_TOKEN = "name another one (serve.secret), or write `public: true` into configs/serve.yaml: anybody may then ask"
 _hosts: list[Host] = []
 """What was started lives as long as its container."""
 
@@ -161,14 +162,18 @@ def _check_run(experiment: Experiment, wanted: ServeSection) -> Config:
 def _secrets(wanted: ServeSection, config: Config) -> list[modal.Secret]:
     found: list[modal.Secret] = []
     if not wanted.public:
-        found.append(_hydrated(wanted.secret, TOKEN) or _refuse(wanted.secret))
+        if own := _hydrated(wanted.secret, TOKEN, _NO_TOKEN):
+            found.append(own)
+        else:
+            raise ServeError(_lacking(wanted.secret, TOKEN, "does not exist", _NO_TOKEN))
     if config.model.name != "starter":
-        hub = _hydrated(_HUB, KEYS[_HUB])
+        hub = _hydrated(_HUB, KEYS[_HUB], f"or take it away where {config.model.name} needs no token")
         found += [hub] if hub else []
     return found
 
 
-def _hydrated(name: str, key: str) -> modal.Secret | None:
+def _hydrated(name: str, key: str, otherwise: str) -> modal.Secret | None:
+    """The secret of that name, None where there is none. Raises ServeError where it does not set the key."""
     import modal
 
     secret = modal.Secret.from_name(name, required_keys=[key])
@@ -179,15 +184,14 @@ def _hydrated(name: str, key: str) -> modal.Secret | None:
     except modal.exception.Error as error:
         if "missing key" not in str(error):
             raise
-        _refuse(name, f"does not set {key}", "--force ")
+        raise ServeError(_lacking(name, key, f"does not set {key}", otherwise, "--force ")) from None
     return secret
 
 
-def _refuse(name: str, what: str = "does not exist", force: str = "") -> NoReturn:
-    raise ServeError(
+def _lacking(name: str, key: str, what: str, otherwise: str, force: str = "") -> str:
+    return (
         f"the Modal secret {name!r} {what}; nothing was deployed. Make it (modal secret create {force}{name} "
-        f"{TOKEN}=...), name another one (serve.secret), or write `public: true` into configs/serve.yaml: anybody may "
-        f"then ask"
+        f"{key}=...), {otherwise}"
     )
 
 

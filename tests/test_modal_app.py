@@ -283,7 +283,10 @@ def test_a_secret_of_env_is_used_where_modal_has_none(cloud: Cloud) -> None:
 
 def test_an_empty_modal_secret_is_refused(cloud: Cloud) -> None:
     assert cloud.modal("secret", "create", "huggingface-secret", "NOTHING=here").returncode == 0
-    said = refused(cloud, "-p", "modal.secrets=[huggingface-secret]")
+    try:
+        said = refused(cloud, "-p", "modal.secrets=[huggingface-secret]")
+    finally:  # the cloud is the whole session's: an endpoint of another test would be refused for it
+        assert cloud.modal("secret", "delete", "huggingface-secret", "--yes").returncode == 0
     assert "does not set HF_TOKEN" in said and "modal secret create --force" in said
 
 

@@ -146,6 +146,17 @@ def test_without_its_secret_nothing_is_deployed(named: Cloud) -> None:
     assert lacking.returncode == 2 and f"does not set {TOKEN}" in lacking.stderr and "create --force" in lacking.stderr
 
 
+def test_a_hub_secret_without_its_key_is_told_as_that(named: Cloud) -> None:
+    assert named.modal("secret", "create", "--force", "serve-secret", f"{TOKEN}={SECRET}").returncode == 0
+    assert named.modal("secret", "create", "huggingface-secret", "OTHER=1").returncode == 0
+    try:
+        done = deploy(named)
+    finally:
+        assert named.modal("secret", "delete", "huggingface-secret", "--yes").returncode == 0
+    assert done.returncode == 2 and "'huggingface-secret' does not set HF_TOKEN" in done.stderr
+    assert "modal secret create --force huggingface-secret HF_TOKEN=...), or take it away" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

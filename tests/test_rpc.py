@@ -89,11 +89,17 @@ async def child(tmp_path: Path, code: str = PLAIN, **values: Any) -> AsyncIterat
         await client.close(grace=2)
 
 
+def started(before: set[int]) -> set[int]:
+    """The processes below this one that were not there before: other tests keep servers for the whole session."""
+    return family(os.getpid()) - before
+
+
 async def failure(of: Child) -> str:
     """Why it did not start; nothing of it runs any more."""
+    before = family(os.getpid())
     with pytest.raises(ProgramError) as caught:
         await start(of)
-    assert family(os.getpid()) == {os.getpid()}
+    assert not started(before)
     return str(caught.value)
 
 
@@ -338,18 +344,22 @@ serve(make)
 
 
 async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
-    code = SERVICE + "def make():\n    print('here', flush=True)\n    time.sleep(60)\nserve(make)"
+    before, code = (
+        family(os.getpid()),
+        SERVICE + "def make():\n    print('here', flush=True)\n    time.sleep(60)\nserve(make)",
+    )
     starting = asyncio.ensure_future(start(program(tmp_path, code)))
     log = tmp_path / "worker-0.log"
     assert await until(lambda: log.exists() and "here" in log.read_text())
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert family(os.getpid()) == {os.getpid()}
+    assert not started(before)
 
 
 # the end --------------------------------------------------------------------------------------------------------------
 async def test_close_lets_the_service_close_and_leaves_no_process(tmp_path: Path) -> None:
+    before = family(os.getpid())
     async with child(tmp_path) as client:
         grandchild = await client.call("grandchild")
         assert is_there(grandchild)
@@ -362,7 +372,7 @@ async def test_close_lets_the_service_close_and_leaves_no_process(tmp_path: Path
     assert failure.value.kind in ("closed", "deadline")
     with pytest.raises(RpcError, match="worker-0 is closed"):
         await client.call("echo", 1)
-    assert family(os.getpid()) == {os.getpid()}
+    assert not started(before)
 
 
 async def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path) -> None:
@@ -374,11 +384,13 @@ async def test_a_child_that_does_not_end_when_asked_is_killed(tmp_path: Path) ->
 
 async def test_a_close_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
     code = SERVICE + "Service.close = lambda self: time.sleep(60)\nserve(Service)"
+    before = family(os.getpid())
     client = await start(program(tmp_path, code))
+    assert started(before)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await client.close(grace=0.3)
-    assert await until(lambda: family(os.getpid()) == {os.getpid()}, 5)
+    assert await until(lambda: not started(before), 5)
 
 
 PARENT = """
