@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.31 can be told of the largest rank."""
 
+UNREAD = ("rank_pattern", "alpha_pattern", "layer_replication")
+"""Settings of an adapter that vLLM 0.31 passes over without a word."""
+
 ANYWHERE = "0.0.0.0"
 """Every interface of this machine, the loopback one among them."""
 
@@ -187,12 +190,41 @@ def vllm_arguments(config: Config, served: Served, host: str = LOOPBACK) -> list
     command += ["--block-size", str(vllm.block_size)] if vllm.block_size else []
     command += memory_arguments(config, served.source)
     if served.adapter:
-        ranks = json.loads((served.adapter / "adapter_config.json").read_text())
-        most = max([int(ranks["r"]), *map(int, (ranks.get("rank_pattern") or {}).values())])
-        allowed = next((rank for rank in LORA_RANKS if rank >= most), LORA_RANKS[-1])
+        rank = check_adapter(config, served.source, served.adapter)
+        allowed = next((one for one in LORA_RANKS if one >= rank), LORA_RANKS[-1])
         command += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(allowed)]
         command += ["--lora-modules", f"{served.adapter_name}={served.adapter}"]
     return command
+
+
+def check_adapter(config: Config, source: str, adapter: Path) -> int:
+    """Refuse an adapter that vLLM would apply otherwise than PEFT does, or not at all; its rank.
+
+    Read and tried with vLLM 0.31: lora/peft_helper.py knows one rank and one alpha; lora/model_manager.py takes LoRA
+    of stacked experts for gpt-oss alone, both of their tensors, and without a GPU no LoRA of any mixture of experts.
+    """
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    other = "Serve the merged model (export merged, then --artifact merged), or take --engine transformers"
+    ignored = [key for key in UNREAD if settings.get(key)]
+    if ignored:
+        raise EngineError(
+            f"the adapter sets {' and '.join(ignored)}, which vLLM does not read: it would answer as another policy. "
+            f"{other}"
+        )
+    shape = models.load_shape(source, config.model)
+    if not models.counts_of(shape).experts:
+        return int(settings["r"])
+    if models.device().type != "cuda":
+        raise EngineError(
+            f"{Path(source).name} is a mixture of experts, and vLLM serves an adapter on one with a GPU only. {other}"
+        )
+    experts = {name.rsplit(".", 1)[-1] for name in settings.get("target_parameters") or () if "experts" in name}
+    if experts and (shape.model_type != "gpt_oss" or experts != {"gate_up_proj", "down_proj"}):
+        raise EngineError(
+            f"the adapter changes stacked experts ({', '.join(sorted(experts))} of {shape.model_type}), which vLLM "
+            f"takes of gpt_oss alone, gate_up_proj and down_proj together. {other}"
+        )
+    return int(settings["r"])
 
 
 def memory_arguments(config: Config, source: str) -> list[str]:

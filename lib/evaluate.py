@@ -290,7 +290,7 @@ def _result_of(named: Run, source: str) -> Policy:
         raise RunError(f"it has no result yet: run notebook 3_grpo_training with run_name={named.name!r} first")
     policy = Policy(named.name, str(named.folder / path), path == "adapter")
     base = _base_of(named, policy)
-    if not _same_base(base, source):
+    if not models.same_base(base, source, str(policy.path)):
         raise RunError(
             f"it was trained on {base}, and this run's base is {source}: give them one base (the same model.name; with "
             f"the starter the same train rows and starter.seed)"
@@ -302,11 +302,6 @@ def _base_of(named: Run, policy: Policy) -> str:
     """The folder or Hub id that a result was trained from: as its adapter says, or a whole model's config."""
     recorded = json.loads((Path(str(policy.path)) / "adapter_config.json").read_text()) if policy.is_adapter else {}
     return str(recorded.get("base_model_name_or_path") or _source(named.config, named))
-
-
-def _same_base(one: str, other: str) -> bool:
-    """A starter's folder is named by its content, wherever it lies."""
-    return one == other or (Path(one).name == Path(other).name and Path(one).name.startswith("starter-"))
 
 
 def _trained_with(named: Run) -> dict[str, Any]:

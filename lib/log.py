@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|_PAT)(_ID|_\d+)?$", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^/\s@]+@")
 SECRETS = "WORKBENCH_SECRETS"
 """Environment variable: names of more variables that hold secrets, with commas between."""
 
@@ -29,14 +30,23 @@ def scrub(text: str) -> str:
 
     Secret are the variables whose names look like it, and those that SECRETS names.
     """
-    named = set(os.environ.get(SECRETS, "").split(","))
     forms: dict[str, str] = {}
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) or name in named:
+        if is_secret(name):
             forms |= dict.fromkeys(_forms(value), name)
     for form in sorted(forms, key=len, reverse=True):  # one secret may begin with another
         text = text.replace(form, f"<{forms[form]}>")
     return text
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret: it looks like it, or SECRETS names it."""
+    return bool(_SECRET_NAME.search(name)) or name in os.environ.get(SECRETS, "").split(",")
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment for a program that is not ours: without secrets, and without URLs with a password."""
+    return {name: value for name, value in os.environ.items() if not is_secret(name) and not _PASSWORD.search(value)}
 
 
 def name_secrets(names: Iterable[str]) -> None:

@@ -337,6 +337,20 @@ def base_hash(config: Config) -> dict[str, str]:
     return {config.model.name: weights_hash(str(folder))} if folder.is_dir() else {}
 
 
+def recorded_base_hash(inside: Path, base: str) -> str:
+    """The hash of the local base of this name that the run of this folder was trained on; "" where no run says one.
+
+    `inside`: a folder of the run's, at most three levels deep: its adapter, a checkpoint, an export.
+    """
+    for folder in inside.absolute().parents[:3]:
+        record = folder / "stages" / "training.json"
+        if record.is_file():
+            key = json.loads(record.read_text())["key"]
+            name = str(key["config"].get("model", {}).get("name", ""))
+            return str(key["inputs"].get(name, "")) if Path(name).name == Path(base).name else ""
+    return ""
+
+
 def lock_hash() -> str:
     """Which package versions a result was made with: a hash of the committed locks."""
     if LOCK in os.environ:  # a container has the packages of the locks, not the files

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import WorkbenchError, models, without
+from lib import WorkbenchError, memory, models, without
 from lib.config import Config
 from lib.generate import chat_of
 from lib.roles import ActorError, ActorState, Canary, Method, Release, StepReport
@@ -173,6 +173,8 @@ class Actor:
             make_trainer_class()
         rows = self._run.read_rows("train")
         self._model = models.resolve_model(config, rows)
+        if config.model.name != models.STARTER:  # a toy fits anywhere
+            memory.check(config, models.load_shape(self._model, config.model), samples_here=False)
         tokenizer = models.load_tokenizer(self._model, config.model)
         model = models.load_model(self._model, config.model, train_all=not config.lora.enabled, purpose="train")
         # TRL sees as many rows as there are, for its epochs; which of them a batch holds is decided elsewhere.

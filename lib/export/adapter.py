@@ -21,11 +21,16 @@ def write_adapter(adapter: Adapter, base: Checkpoint, folder: Path, trust_remote
     """Write an adapter for this base; the hash of every tensor. Raises ExportError where they do not fit together."""
     if adapter.config.get("peft_type") == "LORA" and not beyond_lora(adapter):
         Skeleton(base, trust_remote_code).add(adapter)
+    write_clean_adapter(adapter, base, folder)
+    copy_tokenizer(base.folder, folder)
+    return hash_tensors(folder / ADAPTER, read_header(folder / ADAPTER))
+
+
+def write_clean_adapter(adapter: Adapter, base: Checkpoint, folder: Path) -> None:
+    """Its tensors, and its config with the base's own name in the place of a path."""
     shutil.copyfile(adapter.folder / ADAPTER, folder / ADAPTER)
     config = {**adapter.config, "base_model_name_or_path": base.name, "revision": base.revision}
     write_json(folder / ADAPTER_CONFIG, config)
-    copy_tokenizer(base.folder, folder)
-    return hash_tensors(folder / ADAPTER, read_header(folder / ADAPTER))
 
 
 def adapter_bytes(adapter: Adapter) -> int:

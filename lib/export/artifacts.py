@@ -28,6 +28,7 @@ from lib.export.folder import (
     check_memory,
     content_hash,
     finished,
+    manifest_hash,
     publish,
     writing,
 )
@@ -161,11 +162,10 @@ def _origin(run: Run, config: Config, trained: Trained, kind: ArtifactKind) -> O
         settings = {"dtype": config.export.dtype, "shard_gb": config.export.shard_gb}
     if "gguf" in kind:
         settings = {"gguf_type": config.export.gguf_type}
-    if kind == "gguf":
-        settings["from"] = _gguf_source(config)
     if kind == "ollama":
-        model = config.model
-        settings = {"from": _ollama_source(config), "date": str(model.date), "effort": model.reasoning_effort or ""}
+        settings = {"date": str(config.model.date), "effort": config.model.reasoning_effort or ""}
+    made_of = _gguf_source(config) if kind == "gguf" else _ollama_source(config) if kind == "ollama" else None
+    settings |= {"from": made_of} if made_of else {}
     adapter = trained.adapter
     return Origin(
         kind=kind,
@@ -178,6 +178,7 @@ def _origin(run: Run, config: Config, trained: Trained, kind: ArtifactKind) -> O
         base_hash=trained.weights.hash if adapter else "",
         config_hash=content_hash(run.stages()["training"]["key"]["config"]),
         settings=settings,
+        source=manifest_hash(artifact_folder(run, made_of)) if made_of else "",
     )
 
 

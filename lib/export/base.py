@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lib.config import ModelSection
 from lib.export.errors import ExportError
 from lib.models.errors import explained
-from lib.models.loading import refuse_pickles
+from lib.models.loading import refuse_pickles, same_base
 from lib.models.shape import revision_of
 from lib.runfolder import hash_file
 from lib.sync.errors import SyncError
@@ -115,10 +115,9 @@ def open_adapter(folder: Path, file: str = ADAPTER) -> Adapter:
 
 
 def check_same_base(adapter: Adapter, source: str) -> None:
-    """Refuse an adapter that was trained on another base; a folder is known by its name, wherever it lies."""
+    """Refuse an adapter that was trained on another base, by the rule of whoever loads it."""
     recorded = str(adapter.config.get("base_model_name_or_path") or "")
-    moved = Path(recorded).name == Path(source).name and (Path(recorded).is_absolute() or Path(source).is_dir())
-    if recorded and recorded != source and not moved:
+    if not same_base(recorded, source, adapter.folder):
         raise ExportError(
             f"the adapter was trained on {_shown(recorded)}, and this run's base is {_shown(source)}: set model.name "
             f"to the base that it was trained on"
@@ -133,8 +132,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that name places on this machine."""
-    return {key: value for key, value in config.items() if key not in MACHINE_KEYS}
+    """A config without the keys that name places on this machine, wherever they stand: parts have configs of their own
+    (`text_config`)."""
+    return {key: _without_paths(value) for key, value in config.items() if key not in MACHINE_KEYS}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_paths(value)
+    return [_without_paths(one) for one in value] if isinstance(value, list) else value
 
 
 def hash_files(paths: list[Path]) -> str:

@@ -31,6 +31,10 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 NOT_SHOWN = ("paths", "tracker", "cost", "modal", "export")
 """Config sections that say where a run was, and not what it made."""
 
+_ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.-]*://\S*|(?:localhost|\d{1,3}(?:\.\d{1,3}){3})(?::\d+)?(?:/\S*)?|[\w.-]+\.[a-z]{2,}:\d+(?:/\S*)?",
+    re.IGNORECASE,
+)
 _WHAT = {
     "adapter": "a LoRA adapter on",
     "gguf-adapter": "a LoRA adapter, as a GGUF file, on",
@@ -70,14 +74,19 @@ def base_licence(folder: Path) -> dict[str, str]:
 
 
 def without_places(value: Any) -> Any:
-    """The same with folders of this machine cut down to their own names."""
+    """The same without addresses of servers, and with folders of this machine cut down to their own names."""
     if isinstance(value, dict):
-        return {key: without_places(one) for key, one in value.items()}
+        return {key: without_places(one) for key, one in value.items() if not _is_address(one)}
     if isinstance(value, (list, tuple)):
-        return [without_places(one) for one in value]
+        return [without_places(one) for one in value if not _is_address(one)]
     if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith("~")):
         return PurePath(value).name
     return value
+
+
+def _is_address(value: Any) -> bool:
+    """Whether a value is a URL, or a host with a port."""
+    return isinstance(value, str) and bool(_ADDRESS.fullmatch(value.strip()))
 
 
 def _header(artifact: Artifact, licence: Mapping[str, str]) -> dict[str, Any]:

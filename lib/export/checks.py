@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.config import ArtifactKind
-from lib.export.agreement import Agreement, limits_of
+from lib.export.agreement import SEEN, Agreement, limits_of
 from lib.export.modelfile import Modelfile
 from lib.export.template import Prompts, conversations, differences, stop_texts
 from lib.export.weights import Weights
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CHECKS = ("weights", "answers", "prompts", "reward")
 
+_WIDER = "Set export.dtype to base with a float32 base, or serve the adapter beside the base"
+
 
 class Check(NamedTuple):
     """One question, and the answer."""
@@ -36,10 +38,6 @@ class Check(NamedTuple):
     """None = it could not be looked at, or does not apply."""
     said: str
     figures: Mapping[str, Any]
-
-
-def unread(name: str) -> Check:
-    return Check(name, None, "a GGUF file is not read here: ask it in llama.cpp or Ollama", {})
 
 
 def not_asked(name: str) -> Check:
@@ -63,7 +61,7 @@ def weights_check(found: Weights, kind: ArtifactKind) -> Check:
     figures |= {name: share for name, share in shares.items() if not math.isnan(share)}
     if reasons:
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        return Check("weights", False, f"{reasons[0]}{more}", figures)
+        return Check("weights", None if found.unchanged else False, f"{reasons[0]}{more}", figures)
     if kind == "adapter" or not found.adapted:
         return Check("weights", True, f"the {found.tensors} trained tensors, with their settings", figures)
     parts = {"kept": found.plain.share, "kept in packed experts": found.packed.share}
@@ -78,9 +76,11 @@ def answers_check(found: Agreement, kind: ArtifactKind, weights: Weights) -> Che
     limits = limits_of(kind)
     reasons = found.reasons(limits)
     figures = found._asdict()
+    if reasons and not found.divergence_base > SEEN and found.divergence <= limits.divergence:
+        return Check("answers", None, reasons[0], figures)
     if reasons:
         lost = kind != "adapter" and not weights.reasons() and found.divergence_base > 0
-        hint = " (the weights are what merging gives: it is lost in their rounding)" if lost else ""
+        hint = f" (the weights are what merging gives: it is lost in their rounding. {_WIDER})" if lost else ""
         return Check("answers", False, "; ".join(reasons) + hint, figures)
     said = (
         f"{found.greedy:.1%} of {found.tokens} greedy tokens (base {found.greedy_base:.1%}), KL {found.divergence:.2g} "

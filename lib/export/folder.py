@@ -74,6 +74,8 @@ class Origin(_Frozen):
     """Of the run's config."""
     settings: dict[str, Any]
     """Keys of `export` that decide this artifact."""
+    source: str = ""
+    """SHA-256 of the manifest of the artifact that it was made of; "" where it was made of none."""
 
 
 class FileRecord(_Frozen):
@@ -143,6 +145,12 @@ def open_artifact(folder: Path) -> Artifact:
 
 def artifact(folder: Path, manifest: Manifest) -> Artifact:
     return Artifact(manifest.origin.kind, folder, manifest.model_dump(mode="json", by_alias=True))
+
+
+def manifest_hash(folder: Path) -> str:
+    """What tells an artifact from what it was before it was made anew. Raises ExportError where it is not whole."""
+    read_manifest(folder)
+    return _sha256(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:

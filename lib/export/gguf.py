@@ -15,12 +15,14 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.export.adapter import write_clean_adapter
 from lib.export.base import Adapter, Checkpoint
 from lib.export.errors import ExportError
-from lib.log import scrub
+from lib.log import scrub, without_secrets
 from lib.places import locate
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,16 @@ _HOW = (
     "get it with `git clone https://github.com/ggml-org/llama.cpp` and `pip install gguf`, then set export.llama_cpp "
     f"(or the environment variable {WHERE}) to that folder; or leave gguf out of export.artifacts"
 )
+
+
+_HINTS = {
+    "No module named 'gguf'": " Install it with `pip install gguf`.",
+    "pre-tokenizer was not recognized": (
+        " llama.cpp does not know how this model's tokenizer splits texts (a home-made one, as the starter's is): take "
+        "a newer llama.cpp, or leave gguf and gguf-adapter out of export.artifacts."
+    ),
+}
+"""What a converter says -> what to do."""
 
 
 def converters(llama_cpp: str) -> Path:
@@ -72,7 +84,13 @@ def write_adapter(adapter: Adapter, base: Checkpoint, folder: Path, llama_cpp: s
     script = converters(llama_cpp) / LORA
     if not script.is_file():
         raise ExportError(f"{script.parent} holds {MODEL} and no {LORA}: take both from llama.cpp's repository")
-    _convert(script, ["--base", str(base.folder), str(adapter.folder)], folder / ADAPTER_FILE, outtype)
+    # An adapter is float32 as a rule, and small; `auto` ends in an error there (llama.cpp of 2026).
+    outtype = "f32" if outtype == "auto" else outtype
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        clean = Path(temporary) / "adapter"  # its name stands in the file
+        clean.mkdir()
+        write_clean_adapter(adapter, base, clean)  # what the training left names folders of this machine
+        _convert(script, ["--base", str(base.folder), str(clean)], folder / ADAPTER_FILE, outtype)
     return check_gguf(folder / ADAPTER_FILE)
 
 
@@ -91,9 +109,9 @@ def check_gguf(path: Path) -> dict[str, int]:
 def _convert(script: Path, arguments: Sequence[str], target: Path, outtype: str) -> None:
     command = [sys.executable, str(script), "--outfile", str(target), "--outtype", outtype, *arguments]
     logger.info("export: %s writes %s", script.name, target.name)
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | {"HF_HUB_OFFLINE": "1"}
+    environment = without_secrets() | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, errors="replace")
     if done.returncode or not target.is_file():
         said = scrub("\n".join((done.stderr or done.stdout).strip().splitlines()[-4:]))
-        hint = " Install it with `pip install gguf`." if "No module named 'gguf'" in said else ""
+        hint = next((told for sign, told in _HINTS.items() if sign in said), "")
         raise ExportError(f"{script.name} ended with exit code {done.returncode}: {said}{hint}")

@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.config import ArtifactKind
-from lib.export.base import ADAPTER, ADAPTER_CONFIG, open_adapter, read_json
+from lib.export.base import ADAPTER, ADAPTER_CONFIG, open_adapter, read_json, without_paths
 from lib.export.errors import ExportError
 from lib.export.gguf import ADAPTER_FILE, FILE
 from lib.export.gguf_header import read_keys
@@ -81,7 +82,8 @@ def write_ollama(
 
 def commands(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     """What to type where Ollama is installed."""
-    return [f"ollama create {facts['name']} -f {folder / MODELFILE}", f"ollama run {facts['name']}"]
+    name = shlex.quote(str(facts["name"]))
+    return [f"ollama create {name} -f {shlex.quote(str(folder / MODELFILE))}", f"ollama run {name}"]
 
 
 def check_model(folder: Path) -> tuple[str, ...]:
@@ -176,7 +178,10 @@ def _copy_model(model: Path, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "model.safetensors.index.json"):
         if (model / name).is_file():
             _link(model / name, folder / name)
-    tokenizer = read_json(model / "tokenizer_config.json") | {"add_bos_token": False, "add_eos_token": False}
+    tokenizer = without_paths(read_json(model / "tokenizer_config.json")) | {
+        "add_bos_token": False,
+        "add_eos_token": False,
+    }
     tokenizer.pop("chat_template", None)
     for name, values in (
         ("config.json", converter_config(read_json(model / "config.json"))),
@@ -190,7 +195,7 @@ def converter_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Without them the base of the rotary embedding would be 0. transformers reads the result as before.
     """
-    made = dict(config)
+    made = without_paths(config)
     rope = made.get("rope_parameters") or {}
     if "full_attention" in rope:  # Gemma 3: one set a kind of attention
         local = rope.get("sliding_attention") or {}

@@ -1,13 +1,13 @@
 """The proof that an artifact is the policy that was trained: its weights, its answers, its prompts, its reward.
 
-Owns what is asked of each artifact, and the verdict. Must not know tasks, trainers, or how an artifact was made.
+Owns what is asked of each artifact. Must not know tasks, trainers, or how an artifact was made.
 
     python -c "from lib.export.proof import prove_run; help(prove_run)"
 
 (a) weights: base plus adapter and nothing else, by lib/export/weights.py. (b) answers: greedy agreement and KL to the
 adapter on its base, which PEFT computes, by lib/export/agreement.py. (c) prompts: the bytes and ids of chats, and the
-tokens that end an answer. (d) reward on held-out rows, with its interval, paired with the policy's own. An artifact is
-proven where every one holds; what could not be looked at is no proof.
+tokens that end an answer. (d) reward on held-out rows, with its interval, paired with the policy's own. A GGUF file is
+read, and never asked: lib/export/gguf_proof.py. An artifact is proven where every one holds (lib/export/verdict.py).
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import models
 from lib.answering import answer_rows
-from lib.config import Config
+from lib.config import ArtifactKind, Config
 from lib.evaluate import held_out_rows
 from lib.export.agreement import Heard, Spoken, agreement, listen
 from lib.export.artifacts import Trained, open_trained
 from lib.export.base import open_adapter, open_checkpoint
 from lib.export.checks import (
-    CHECKS,
     Check,
     answers_check,
     modelfile_check,
     not_asked,
     prompts_check,
     reward_check,
-    unread,
     weights_check,
 )
 from lib.export.errors import ExportError
-from lib.export.folder import PROOF, Artifact
+from lib.export.folder import PROOF, Artifact, artifact_folder
+from lib.export.gguf import ADAPTER_FILE, FILE
+from lib.export.gguf_proof import adapter_checks, copy_check, model_checks
 from lib.export.modelfile import Modelfile, read_modelfile
 from lib.export.ollama import MODELFILE, begin_of_text, converter_config
-from lib.export.tokenizers import generation_difference, other_copy
+from lib.export.tokenizers import generation_difference, other_copy, raw_tokenizer
+from lib.export.verdict import Proof
 from lib.export.weights import Expected, Weights, compare_adapters
 from lib.generate import Chat, batched, chat_of, local_sample, unloaded_chat, within_limit
 from lib.patience import Patience
-from lib.runfolder import Run, plain, write_json
+from lib.runfolder import Run, write_json
 from lib.task import Message, Row, Task
 
 if TYPE_CHECKING:
@@ -55,31 +56,6 @@ logger = logging.getLogger(__name__)
 PROMPTS, TOKENS = 8, 32
 """Held-out prompts, and tokens of the answers to them, by which answers are compared: 256 places. Of a vocabulary of
 200,000 the log-probabilities of one model are 0.2 GB."""
-
-
-class Proof(NamedTuple):
-    """What is known of an artifact."""
-
-    kind: str
-    folder: Path
-    checks: tuple[Check, ...]
-
-    @property
-    def proven(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    @property
-    def why(self) -> str:
-        """Why not; "" where it is proven."""
-        return "; ".join(f"{check.name}: {check.said}" for check in self.checks if not check.passed)
-
-    def record(self) -> dict[str, Any]:
-        """As it stands in proof.json."""
-        checks = {check.name: check._asdict() | {"figures": dict(check.figures)} for check in self.checks}
-        values: dict[str, Any] = plain(
-            {"artifact": self.kind, "proven": self.proven, "why": self.why, "checks": checks}
-        )
-        return values
 
 
 class Speech(NamedTuple):
@@ -114,7 +90,8 @@ def prove_run(run: Run, artifacts: Sequence[Artifact], task: Task, config: Confi
     for artifact in artifacts:
         proof = _proof(session, artifact, reference, speeches, proofs)
         write_json(artifact.folder / PROOF, proof.record())
-        logger.info("export: %s is %s%s", artifact.kind, "proven" if proof.proven else "NOT proven: ", proof.why)
+        state = "proven" if proof.proven else "NOT the policy: " if proof.failed else "not proven here: "
+        logger.info("export: %s is %s%s", artifact.kind, state, proof.why)
         proofs.append(proof)
     return proofs
 
@@ -128,7 +105,7 @@ def _proof(
 ) -> Proof:
     try:
         if artifact.kind in ("gguf", "gguf-adapter"):
-            return Proof(artifact.kind, artifact.folder, tuple(map(unread, CHECKS)))
+            return session.prove_gguf(artifact, before)
         if artifact.kind == "ollama":
             made_of = artifact.facts["facts"]["made_of"]
             return session.prove_ollama(artifact, next((proof for proof in before if proof.kind == made_of), None))
@@ -210,12 +187,26 @@ class _Session:
             checks = (weights, answers_check(answers, artifact.kind, found), prompts, reward)
         return Proof(artifact.kind, artifact.folder, checks)
 
+    def prove_gguf(self, artifact: Artifact, before: Sequence[Proof]) -> Proof:
+        """What its header and tensors say; `before`: the proof of the artifact that it was made of is among them."""
+        if artifact.kind == "gguf-adapter":
+            if self.trained.adapter is None:
+                raise ExportError("the run trained all weights: there is no adapter to compare with")
+            checks = adapter_checks(artifact.folder / ADAPTER_FILE, self.trained.adapter, self.trained.weights)
+            return Proof(artifact.kind, artifact.folder, checks)
+        made_of: ArtifactKind = artifact.facts["origin"]["settings"]["from"]
+        source = open_checkpoint(str(artifact_folder(self.run, made_of)), self.config.model)
+        tokenizer = raw_tokenizer(source.folder, self.config.model.trust_remote_code)
+        is_proven = any(proof.kind == made_of and proof.proven for proof in before)
+        checks = model_checks(artifact.folder / FILE, source, self.chat, tokenizer, made_of, is_proven)
+        return Proof(artifact.kind, artifact.folder, checks)
+
     def prove_ollama(self, artifact: Artifact, source: Proof | None) -> Proof:
         """The Modelfile and what it points to; `source`: the proof of the artifact that it was made of."""
         modelfile = read_modelfile((artifact.folder / MODELFILE).read_text(encoding="utf-8"))
         model = artifact.folder / modelfile.source
         if model.is_file() or modelfile.adapter.endswith(".gguf"):
-            weights = unread("weights")
+            weights = copy_check(artifact.folder / (modelfile.adapter or modelfile.source), source)
         else:
             weights = weights_check(self._ollama_weights(artifact.folder, modelfile), artifact.kind)
         chat = self.chat
@@ -225,8 +216,11 @@ class _Session:
             prompts = Check("prompts", False, f"its {other} is not the policy's", prompts.figures)
         made_of = str(artifact.facts["facts"]["made_of"])
         if source is None or not source.proven:
-            state = "was not proven here" if source is None else "is not proven"
-            answers = Check("answers", None if source is None else False, f"it is made of {made_of}, which {state}", {})
+            state = (
+                "was not proven here" if source is None else "is not the policy" if source.failed else "is not proven"
+            )
+            passed = False if source and source.failed else None
+            answers = Check("answers", passed, f"it is made of {made_of}, which {state}", {})
         else:
             answers = Check("answers", True, f"those of {made_of}, proven above; Ollama itself is not asked", {})
         return Proof(artifact.kind, artifact.folder, (weights, answers, prompts))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lib.export.base import read_json, without_paths
 from lib.export.errors import ExportError
+from lib.models.errors import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,14 @@ def check_same_tokenizer(base: PreTrainedTokenizerBase, trained: PreTrainedToken
                 f"the {what} beside the adapter is not the base's: what is served would be asked otherwise than it was "
                 f"trained. Put the right one into both folders, or train again on the base as it is now"
             )
+
+
+def raw_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer as its files have it: its template is not bound to a date or an effort."""
+    from transformers import AutoTokenizer
+
+    with explained(folder.name):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def generation_difference(own: Path, its: Path) -> str:

@@ -7,11 +7,13 @@ Owns these lines. Must not know how an artifact was made or proven.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lib.config import ArtifactKind
 from lib.export.folder import Artifact
+from lib.export.gguf import FILE
 from lib.export.ollama import commands
 from lib.runfolder import Run
 
@@ -36,7 +38,7 @@ def how_to_use(run: Run, artifacts: Sequence[Artifact]) -> Usage:
             lines += commands(artifact.folder, artifact.facts["facts"])
             caveats += artifact.facts["facts"]["caveats"]
         elif artifact.kind == "gguf":
-            lines.append(f"llama-server --model {artifact.folder}/*.gguf")
+            lines.append(f"llama-server --model {shlex.quote(str(artifact.folder / FILE))}")
     served = [artifact.kind for artifact in artifacts if artifact.kind in SERVED]
     if served:
         named = f"run: {run.name}, artifact: {served[-1]}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.export import mxfp4
-from lib.export.base import MACHINE_KEYS, Adapter, Checkpoint
+from lib.export.base import Adapter, Checkpoint, without_paths
 from lib.export.errors import ExportError
 from lib.export.merge import BLOCKS, EXPERTS, SCALES, dense_shapes
 from lib.export.skeleton import Skeleton
@@ -44,8 +44,8 @@ TINY = 1e-7
 KEPT = 0.5
 """Share of the adapter's change that unpacked weights have to hold: below that, rounding has undone the training."""
 
-FREE = (*MACHINE_KEYS, "dtype", "torch_dtype", "quantization_config", "transformers_version")
-"""Keys of config.json that say how weights are stored, or where they lay."""
+FREE = ("dtype", "torch_dtype", "quantization_config", "transformers_version")
+"""Keys of config.json that say how weights are stored."""
 
 IGNORED = ("base_model_name_or_path", "revision", "inference_mode")
 """Keys of adapter_config.json that an export may write anew."""
@@ -88,10 +88,17 @@ class Weights:
     def share(self) -> float:
         return self.plain.plus(self.packed).share
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing is wrong, and the adapter changes nothing: no artifact could be told from the base then."""
+        return bool(self.adapted) and not (self.wrong or self.changed or self.plain.squared or self.packed.squared)
+
     def reasons(self) -> list[str]:
         """Why these are not the weights that were trained; [] where they are."""
         if self.wrong:
             return self.wrong
+        if self.unchanged:
+            return ["no tensor differs from the base's, and none should: the adapter changes nothing"]
         if self.adapted and not self.changed:
             return ["no tensor differs from the base's: what training changed is not in it"]
         if self.plain.squared and self.plain.share < KEPT:
@@ -138,6 +145,7 @@ class Expected:
 
 
 def _config_differences(own: Mapping[str, Any], its: Mapping[str, Any]) -> list[str]:
+    own, its = without_paths(own), without_paths(its)
     keys = sorted((own.keys() | its.keys()) - set(FREE))
     return [f"config.json: {key} is {its.get(key)!r:.80} in place of {own.get(key)!r:.80}" for key in keys
             if own.get(key) != its.get(key)]  # fmt: skip

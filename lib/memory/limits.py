@@ -60,14 +60,16 @@ def main_memory() -> int:
     return min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0))
 
 
-def check(config: Config, shape: PreTrainedConfig, here: Machine | None = None) -> Estimate:
+def check(config: Config, shape: PreTrainedConfig, here: Machine | None = None, samples_here: bool = True) -> Estimate:
     """Say what training will take here, before anything is loaded.
 
     A warning with the knobs where that is more than there is. Raises MemoryLimitError only where weights, gradients and
     optimizer state alone are: those are counted, and no batch size helps; the rest is estimated, and may be too high.
     """
     here = here or machine()
-    if config.sampling.engine == "vllm" and here.kind == "cuda" and not config.sampling.vllm.server:
+    if not samples_here:  # the engines have machines, or shares of one, of their own
+        config = config.as_served
+    elif config.sampling.engine == "vllm" and here.kind == "cuda" and not config.sampling.vllm.server:
         here = here._replace(free=int(here.free * (1 - config.sampling.vllm.memory_share)))
     found = estimate(config, shape, here.kind)
     if found.fixed > here.free:

@@ -6,7 +6,15 @@ Owns everything between a config and a loaded model. Must not know tasks.
 """
 
 from lib.models.errors import ModelError
-from lib.models.loading import STARTER, check_held, load_adapter, load_model, load_tokenizer, resolve_model
+from lib.models.loading import (
+    STARTER,
+    check_held,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    same_base,
+)
 from lib.models.lora import expert_parameters, lora_config, router_parameters
 from lib.models.machine import (
     OUT_OF_MEMORY_KNOBS,
@@ -53,6 +61,7 @@ __all__ = [
     "quant_method",
     "resolve_model",
     "router_parameters",
+    "same_base",
     "torch_dtype",
     "unloaded",
 ]

@@ -19,6 +19,7 @@ from lib.models.machine import attention_of, describe_device, device, torch_dtyp
 from lib.models.quantized import Purpose, in_dtype, kept_as, loading_arguments, quant_method, say_size
 from lib.models.shape import load_shape, parameter_count, revision_of
 from lib.places import locate
+from lib.runfolder import recorded_base_hash, weights_hash
 from lib.task import Row
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     with explained(adapter):
         settings = PeftConfig.from_pretrained(adapter)
     base, name = settings.base_model_name_or_path, str(model.name_or_path)
-    if base and not _same_base(str(base), name):
+    if not same_base(str(base or ""), name, adapter):
         raise ModelError(f"adapter {adapter} was trained on {base}, not on {name}: set model.name to its base")
     bare = getattr(settings, "target_parameters", None)
     if bare and quant_method(model.config) == "mxfp4":
@@ -145,11 +146,19 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         return PeftModel.from_pretrained(model, adapter).eval()  # type: ignore[return-value]
 
 
-def _same_base(recorded: str, name: str) -> bool:
-    """Whether an adapter's record names this base; a folder may have moved, and exports keep its own name only."""
-    folder = Path(name).name
-    moved = Path(recorded).name == folder and folder.startswith("starter-")
-    return recorded == name or moved or (recorded == folder and Path(name).is_dir())
+def same_base(recorded: str, source: str, adapter: str | Path) -> bool:
+    """Whether an adapter that names the base `recorded` belongs on `source`: a folder or Hub id.
+
+    A folder may have moved. Where the run that the adapter lies in says what its base's weights hash to, they decide;
+    else a folder's own name does. Hub ids have to be equal. An adapter that names no base fits any.
+    """
+    if not recorded or recorded == source:
+        return True
+    is_folder = Path(source).is_dir()
+    known = recorded_base_hash(Path(adapter), recorded) if is_folder else ""
+    if known:
+        return weights_hash(source) == known
+    return Path(recorded).name == Path(source).name and (Path(recorded).is_absolute() or is_folder)
 
 
 def refuse_pickles(source: str, settings: ModelSection) -> None:

@@ -6,7 +6,7 @@ Owns how things look; each file one subject, all of them under one name. Must no
 """
 
 from lib.show.evaluation import gains, part_shares, pass_at_k, runs, summaries, verdict
-from lib.show.export import artifacts, commands, proofs
+from lib.show.export import answers, artifacts, commands, distances, proofs
 from lib.show.figure import BLUE, GREEN, GREY, ORANGE, RED, bars, smooth, use_style
 from lib.show.groups import browser
 from lib.show.inspection import lengths, reward_spread, useful_groups
@@ -24,6 +24,7 @@ __all__ = [
     "GREY",
     "ORANGE",
     "RED",
+    "answers",
     "artifacts",
     "attacks",
     "attempts",
@@ -32,6 +33,7 @@ __all__ = [
     "commands",
     "config",
     "curves",
+    "distances",
     "gains",
     "gate",
     "is_interactive",

@@ -15,12 +15,13 @@ import pytest
 from finished_run import finished_run, finished_whole
 from tiny_models import load, logits, tiny_gpt_oss, tiny_llama, tiny_qwen2
 
-from lib import PROJECT_ROOT
+from lib import PROJECT_ROOT, models
 from lib.config import Config, ConfigError, parse_config
 from lib.export import ExportError, check_artifact, export_run
 from lib.export import folder as folders
-from lib.export.base import Adapter, check_same_base
+from lib.export.base import Adapter, check_same_base, open_adapter, open_checkpoint
 from lib.export.card import without_places
+from lib.export.weights import Expected
 from lib.runfolder import Run, RunError, hash_file, read_run
 
 
@@ -217,6 +218,32 @@ def test_folders_are_known_by_their_name_and_hub_models_by_their_owner_too(
         check_same_base(adapter, source)
 
 
+def test_one_rule_says_to_export_and_to_whoever_loads_whether_a_base_is_the_adapters(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    run = finished_run(tmp_path, base)
+    adapter = run.folder / "adapter"
+
+    def fits(source: Path) -> list[bool]:
+        found = []
+        for use in (lambda: check_same_base(open_adapter(adapter), str(source)), lambda: models.load_adapter(
+            load(source), str(adapter))):  # fmt: skip
+            try:
+                use()
+                found.append(True)
+            except (ExportError, models.ModelError) as error:
+                assert "was trained on" in str(error)
+                found.append(False)
+        return found
+
+    moved = shutil.copytree(base, tmp_path / "elsewhere" / "renamed")
+    other = tiny_llama(tmp_path / "other" / "base", seed=1)
+    assert fits(base) == fits(moved) == [True, True]  # its weights are those that the run recorded
+    assert fits(other) == [False, False]  # its name is, and its weights are not
+    (run.folder / "stages" / "training.json").unlink()
+    assert fits(moved) == [False, False]  # nothing is known but names now
+    assert fits(shutil.copytree(base, tmp_path / "elsewhere" / "base")) == [True, True]
+
+
 def test_a_base_that_changed_since_the_training_is_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
     shutil.rmtree(tmp_path / "base")
@@ -283,6 +310,43 @@ def test_a_config_that_cannot_be_is_refused_with_the_key(settings: dict[str, Any
 
 
 def test_folders_of_the_machine_are_cut_out_of_a_config() -> None:
-    values = {"path": "/data/prices.csv", "list": ["~/x", "configs/a.yaml"], "deep": {"n": 3, "url": "http://a/b"}}
-    known = {"path": "prices.csv", "list": ["x", "configs/a.yaml"], "deep": {"n": 3, "url": "http://a/b"}}
+    values = {"path": "/data/prices.csv", "list": ["~/x", "configs/a.yaml"], "deep": {"n": 3, "model": "owner/a-2.5"}}
+    known = {"path": "prices.csv", "list": ["x", "configs/a.yaml"], "deep": {"n": 3, "model": "owner/a-2.5"}}
     assert without_places(values) == known
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://a/b", "postgres://db/x", "localhost:8000", "127.0.0.1", "10.0.0.7:80/v1", "judge.example:84/v1"],
+)
+def test_addresses_of_servers_are_left_out_of_a_config(address: str) -> None:
+    values = {"judge": {"base_url": address, "model": "m"}, "several": [address, "judged by http://a, as it says"]}
+    assert without_places(values) == {"judge": {"model": "m"}, "several": ["judged by http://a, as it says"]}
+
+
+def test_paths_are_left_out_of_a_config_within_a_config(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    nested = {"depth": 2, "_name_or_path": "/home/somebody/text", "parts": [{"_name_or_path": "/home/somebody/part"}]}
+    (base / "config.json").write_text(json.dumps(config | {"some_config": nested}))
+    run = finished_run(tmp_path, base)
+    *_, merged, ollama = export_run(run, with_export(run, artifacts=["merged", "ollama"]))
+    written = json.loads((merged.folder / "config.json").read_text())
+    assert written["some_config"] == {"depth": 2, "parts": [{}]}
+    for folder in (merged.folder, ollama.folder):
+        assert not [path for path in folder.rglob("*.json") if "somebody" in path.read_text()]
+    opened = [open_checkpoint(str(folder), run.config.model) for folder in (base, merged.folder)]
+    assert Expected(opened[0], open_adapter(run.folder / "adapter")).compare(opened[1]).reasons() == []
+
+
+def test_what_was_made_of_an_artifact_is_not_taken_once_that_is_another(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    both = ["merged", "ollama"]
+    merged, ollama = export_run(run, with_export(run, artifacts=both))
+    shutil.rmtree(merged.folder)
+    assert export_run(run, with_export(run, artifacts=both)) == [merged, ollama]  # the same again
+    shutil.rmtree(merged.folder)
+    told = refusal(run, with_export(run, artifacts=both, dtype="base", shard_gb=0.0001))
+    assert "export/ollama is an export of something else (source was '" in told
+    shutil.rmtree(ollama.folder)
+    assert len(export_run(run, with_export(run, artifacts=both, dtype="base", shard_gb=0.0001))) == 2

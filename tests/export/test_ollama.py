@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,5 @@ def test_other_modelfiles_are_not_understood(text: str) -> None:
 def test_what_to_type_names_the_file_and_the_model(tmp_path: Path) -> None:
     create, run = commands(tmp_path, {"name": "some-run"})
     assert create == f"ollama create some-run -f {tmp_path / 'Modelfile'}" and run == "ollama run some-run"
+    create, _ = commands(tmp_path / "a folder; rm", {"name": "some-run"})
+    assert shlex.split(create) == ["ollama", "create", "some-run", "-f", str(tmp_path / "a folder; rm" / "Modelfile")]

@@ -374,3 +374,4 @@ def test_an_adapter_that_changes_nothing_proves_nothing(tmp_path: Path) -> None:
     found = prove_run(run, export_run(run), task_of(run))
     assert not any(proof.proven for proof in found)
     assert "no tensor differs from the base" in found[1].why
+    assert [proof.failed for proof in found] == [[], []]  # nothing is wrong: there is nothing to tell it by

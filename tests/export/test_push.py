@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator
@@ -169,6 +170,16 @@ def test_a_policy_without_a_scored_answer_is_unknown_on_the_card(tmp_path: Path)
     assert "| adapter greedy | 0 | unknown | |" in model_card(merged, run, {})
 
 
+def test_the_card_shows_no_address_and_no_folder_of_the_config(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
+    endpoint = {"base_url": "https://models.internal.example:8443/v1", "model": "owner/served", "key": "SOME_KEY"}
+    config = parse_config(run.config.as_json() | {"evaluation": {"endpoint": endpoint}})
+    _, merged = export_run(run)
+    card = model_card(merged, Run(run.folder, config), {})
+    assert "owner/served" in card and "name: base" in card
+    assert "internal.example" not in card and "base_url" not in card and str(tmp_path) not in card
+
+
 def test_a_damaged_artifact_is_not_pushed(hub: PushHub, tmp_path: Path) -> None:
     run = finished_run(tmp_path, tiny_llama(tmp_path / "base"))
     _, merged = export_run(run)
@@ -182,10 +193,13 @@ def test_a_damaged_artifact_is_not_pushed(hub: PushHub, tmp_path: Path) -> None:
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
 STAND_IN = """
-import json, pathlib, struct, sys
+import json, os, pathlib, struct, sys
 arguments = sys.argv[1:]
 target = pathlib.Path(arguments[arguments.index("--outfile") + 1])
-(pathlib.Path(__file__).parent / "called.json").write_text(json.dumps([pathlib.Path(__file__).name, *arguments]))
+here = pathlib.Path(__file__).parent
+(here / "called.json").write_text(json.dumps([pathlib.Path(__file__).name, *arguments]))
+(here / "environment.json").write_text(json.dumps(dict(os.environ)))
+(here / "source.json").write_text((pathlib.Path(arguments[-1]) / SOURCE).read_text())
 target.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, TENSORS, 2))
 """
 
@@ -194,7 +208,8 @@ def stand_in(folder: Path, tensors: int = 5) -> Path:
     """A folder with converters that note how they are called and write a header."""
     folder.mkdir()
     for name in (gguf.MODEL, gguf.LORA):
-        (folder / name).write_text(STAND_IN.replace("TENSORS", str(tensors)))
+        source = "adapter_config.json" if name == gguf.LORA else "config.json"
+        (folder / name).write_text(STAND_IN.replace("TENSORS", str(tensors)).replace("SOURCE", repr(source)))
     return folder
 
 
@@ -213,6 +228,7 @@ def test_the_converter_gets_the_merged_folder_and_the_type(tmp_path: Path) -> No
     assert (made.folder / "model.gguf").is_file()
     assert made.facts["facts"] == {"gguf_version": 3, "gguf_tensors": 5, "gguf_keys": 2}
     assert made.facts["origin"]["settings"] == {"gguf_type": "q8_0", "from": "merged"}
+    assert made.facts["origin"]["source"] == hashlib.sha256((merged.folder / "export.json").read_bytes()).hexdigest()
 
 
 def test_the_adapters_converter_gets_base_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +237,24 @@ def test_the_adapters_converter_gets_base_and_adapter(tmp_path: Path, monkeypatc
     (made,) = export_run(run, parse_config(run.config.as_json() | {"export": {"artifacts": ["gguf-adapter"]}}))
     script, *arguments = called(folder)
     assert script == "convert_lora_to_gguf.py"
-    assert arguments[2:] == ["--outtype", "auto", "--base", str(tmp_path / "base"), str(run.folder / "adapter")]
-    assert (made.folder / "adapter.gguf").is_file()
+    # What llama.cpp writes of `auto` is no adapter, and what training leaves names folders of the machine.
+    assert arguments[2:-1] == ["--outtype", "f32", "--base", str(tmp_path / "base")]
+    assert json.loads((folder / "source.json").read_text())["base_model_name_or_path"] == "base"
+    assert [path.name for path in made.folder.iterdir()] == ["adapter.gguf", "export.json"]
+
+
+def test_a_converter_sees_no_secret_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder = finished_run(tmp_path, tiny_llama(tmp_path / "base")), stand_in(tmp_path / "llama.cpp")
+    hidden = {"HF_TOKEN": "hf_abcdefgh", "OPENAI_API_KEY": "sk-abcdefgh", "MY_THING": "abcdefgh-named"}
+    hidden |= {"PIP_INDEX_URL": "https://user:pass@index.example/simple", "WORKBENCH_SECRETS": "MY_THING"}
+    for name, value in {**hidden, "SOME_SETTING": "stays"}.items():
+        monkeypatch.setenv(name, value)
+    settings = {"artifacts": ["gguf", "merged"], "llama_cpp": str(folder)}
+    export_run(run, parse_config(run.config.as_json() | {"export": settings}))
+    seen = json.loads((folder / "environment.json").read_text())
+    assert seen["SOME_SETTING"] == "stays" and seen["HF_HUB_OFFLINE"] == "1" and "PATH" in seen
+    assert not (hidden.keys() - {"WORKBENCH_SECRETS"}) & seen.keys()
+    assert not [value for value in hidden.values() if value != "MY_THING" and value in seen.values()]
 
 
 def test_an_adapter_that_llama_cpp_would_scale_wrongly_or_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -246,7 +278,8 @@ def test_missing_or_failing_converters_are_told_with_what_to_do(
     broken = stand_in(tmp_path / "broken")
     (broken / gguf.MODEL).write_text("import sys; sys.exit('pre-tokenizer was not recognized')")
     monkeypatch.setenv("LLAMA_CPP", str(broken))
-    assert "ended with exit code 1: pre-tokenizer was not recognized" in refusal(run, run.config)
+    told = refusal(run, run.config)
+    assert "ended with exit code 1: pre-tokenizer was not recognized" in told and "leave gguf and gguf-adapter" in told
     monkeypatch.setenv("LLAMA_CPP", str(stand_in(tmp_path / "empty", tensors=0)))
     assert "model.gguf holds no tensor" in refusal(run, run.config)
     assert not (run.folder / "export" / "gguf").exists()
