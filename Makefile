@@ -6,7 +6,7 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle test-ollama-template verifiers lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle test-ollama-template test-verl verifiers verl lab check lock lock-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
@@ -18,7 +18,7 @@ run: setup ## the whole chain of notebooks on CONFIG=configs/decisions.yaml
 	@$(python) -m lib.run all $(CONFIG) $(ARGS)
 
 test: export TESTS = 1
-test: setup verifiers ## the tests (ARGS="-k ledger" for some)
+test: setup verifiers verl ## the tests (ARGS="-k ledger" for some)
 	@$(python) -m pytest $(ARGS)
 
 learn-coding: setup ## GRPO on one-line functions in the sandbox: held-out pass rate before and after (about 10 minutes)
@@ -49,8 +49,14 @@ test-wordle: setup ## feedback and games against TextArena 0.7.4 in an environme
 test-ollama-template: setup ## Ollama templates of real models, and 20,000 random ones, against Go's own text/template (needs Go)
 	@PYTHONPATH=. $(python) tests/ollama_template_parity.py $(ARGS)
 
+test-verl: setup verifiers verl ## configs, parquet, reward and estimator against verl itself (build/verl)
+	@$(python) -m pytest -q $(wildcard tests/test_verl_*.py) $(ARGS)
+
 verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests
 	@$(python) -m lib.tasks._verifiers_make classic v1
+
+verl: setup ## a small environment of verl in build/ (340 MB, half a minute): checks, the tests, training on a processor
+	@$(python) -m lib.verl.environment
 
 lab: setup ## JupyterLab on the notebooks
 	@$(python) -m jupyter lab $(lab_flags) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None $(ARGS)
@@ -65,10 +71,10 @@ check: setup ## lint, formatting, types, layers
 index = $$($(python) -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)
 lock_with_uv = UV=$(CURDIR)/.venv/bin/uv UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(index)}" bash requirements/lock.sh
 
-lock: setup ## resolve both locks from requirements/versions.in
+lock: setup ## resolve the locks from requirements/versions.in and verl.in
 	@$(lock_with_uv)
 
-lock-check: setup ## do both locks still resolve?
+lock-check: setup ## do the locks still resolve?
 	@CHECK=1 $(lock_with_uv)
 
 clean: ## remove .venv and caches (outputs/ stays)

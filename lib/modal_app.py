@@ -9,6 +9,7 @@ image's packages and its files cannot be set later. Nothing of this module runs 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,8 +49,10 @@ CACHES = {
 
 
 # definitions ----------------------------------------------------------------------------------------------------------
-def gpu_image(experiment: Experiment, packages: Sequence[str], shipped: Mapping[str, Path]) -> modal.Image:
-    """The project's CUDA lock, the config's own packages, and the code."""
+def gpu_image(
+    experiment: Experiment, packages: Sequence[str], shipped: Mapping[str, Path], verl: bool = False
+) -> modal.Image:
+    """The project's CUDA lock, the config's own packages, and the code; `verl`: also verl's environment beside them."""
     image = modal.Image.from_registry(CUDA, add_python=PYTHON).entrypoint([])
     image = image.uv_pip_install(
         requirements=[str(PROJECT_ROOT / "requirements" / "cuda.lock")],
@@ -58,7 +61,19 @@ def gpu_image(experiment: Experiment, packages: Sequence[str], shipped: Mapping[
     )
     if packages:
         image = image.uv_pip_install(*packages, uv_version=_locked("uv"))
+    if verl:
+        image = _with_verl(image, packages)
     return _with_code(image.env(CACHES | _volume_names(experiment)), shipped)
+
+
+def _with_verl(image: modal.Image, packages: Sequence[str]) -> modal.Image:
+    """An environment of verl's own, where lib/verl/environment.py looks for it. The lock holds uv."""
+    lock, place = "/tmp/verl.lock", f"{ROOT}/build/verl"
+    install = f"uv pip install --no-cache --python {place}/bin/python"
+    more = [f"{install} {' '.join(shlex.quote(package) for package in packages)}"] if packages else []
+    image = image.add_local_file(PROJECT_ROOT / "requirements" / "verl.lock", lock, copy=True)
+    make = f'uv venv --python "$(command -v python)" {place}'
+    return image.run_commands(make, f"{install} --no-deps -r {lock}", *more)
 
 
 def small_image(experiment: Experiment) -> modal.Image:
@@ -73,7 +88,7 @@ def define(app: modal.App, experiment: Experiment, body: Callable[..., Any], pla
     wanted = plan.config.modal
     gpus = list(plan.job.gpus)
     return app.function(
-        image=gpu_image(experiment, wanted.packages, plan.shipped),
+        image=gpu_image(experiment, wanted.packages, plan.shipped, plan.config.backend == "verl"),
         gpu=gpus if len(gpus) > 1 else gpus[0] if gpus else None,
         cpu=wanted.cpu,
         memory=round(wanted.memory * 1024),

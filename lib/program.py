@@ -92,6 +92,10 @@ class Process:
     def is_alive(self) -> bool:
         return self._keeper.poll() is None
 
+    def failed(self) -> bool:
+        """Whether it has ended otherwise than with status 0."""
+        return self._keeper.poll() not in (None, 0)
+
     def pids(self) -> set[int]:
         """Its processes (Linux; elsewhere empty)."""
         return family(self._keeper.pid) - {self._keeper.pid}

@@ -30,6 +30,8 @@ from lib.ledger import Ledger
 from lib.places import locate, travel_name
 from lib.runfolder import lock_hash
 from lib.task import Task, nearest
+from lib.verl.batches import check_fit
+from lib.verl.cluster import of_the_container
 
 if TYPE_CHECKING:
     import modal
@@ -86,6 +88,8 @@ def make_plan(experiment: Experiment, notebook: str, config_path: str, texts: Se
     shipped, large, absent = _named_files(order.config, order.task, [config_path, *map(str, own)])
     _refuse_secrets(order.config, texts, shipped)
     _check_prices(order.config)
+    if order.config.backend == "verl" and PurePosixPath(notebook).stem not in WITHOUT_ROLES:
+        check_fit(order.config, of_the_container(order.config).size)
     with clear_modal_errors():
         secrets = find_secrets(order.config)
         files = _uploaded(experiment, large, absent)

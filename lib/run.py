@@ -34,6 +34,7 @@ examples:
   python -m lib.run check sync --config configs/mrl.yaml             one part of a distributed training: rollout,
                                                                      reward, sync, checkpoints
   python -m lib.run serve --run decisions --artifact merged           an export behind an OpenAI-compatible URL
+  python -m lib.run export-verl configs/ace.yaml                     its rows as parquet files for verl
   python -m lib.run doctor                                           what this machine has, and what is missing
 """
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check_part(arguments[1:])
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
+    if arguments[:1] == ["export-verl"]:
+        return _export_verl(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
@@ -108,6 +111,18 @@ def _serve(arguments: Sequence[str]) -> int:
     except WorkbenchError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, ProgramError) else 2
+
+
+def _export_verl(arguments: Sequence[str]) -> int:
+    from lib.verl.exporting import export_verl, parser
+
+    options = parser().parse_args(arguments)
+    try:
+        given = _split(parse_parameters(options.parameters), {"run_name": ""}, options.config)
+        return export_verl(options, given["overrides"], str(given.get("run_name", "")))
+    except WorkbenchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
 
 
 def _run(options: argparse.Namespace) -> int:

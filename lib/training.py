@@ -263,7 +263,8 @@ def say_step(metrics: Mapping[str, Any], step: int, max_steps: int) -> None:
     reward = "none" if metrics.get("reward") is None else f"{metrics['reward']:.4f}"
     empty = metrics.get("groups/empty")
     note = f" ({empty:.0%} of the groups without a valid answer)" if empty else ""
-    logger.info("step %s loss %.4f reward %s%s", f"{step}/{max_steps}", metrics["loss"], reward, note)
+    loss = "none" if metrics.get("loss") is None else f"{metrics['loss']:.4f}"  # of no token at all, it is no number
+    logger.info("step %s loss %s reward %s%s", f"{step}/{max_steps}", loss, reward, note)
 
 
 def rollout_record(scored: Scored, index: int, group: int, step: int, micro_step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cloud import Cloud, cloud_of
 from judge_server import JudgeServer, running_judge
 
 from lib import PROJECT_ROOT
+from lib.verl.environment import PLACE
 
 SMOKE = "configs/smoke/decisions.yaml"
 
@@ -52,6 +53,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def places(workspace: Path) -> list[str]:
     """Command-line parameters that keep runs out of the checkout's own outputs/."""
     return ["-p", f"paths.outputs={workspace / 'outputs'}", "-p", f"paths.cache={workspace / 'cache'}"]
+
+
+@pytest.fixture(scope="session")
+def verl_python() -> str:
+    """The interpreter of verl's environment; $VERL_PYTHON names another one."""
+    made = os.environ.get("VERL_PYTHON") or str(PLACE / "bin" / "python")
+    if not Path(made).is_file():
+        assert not os.environ.get("CI"), "verl's environment is not made: `make test` makes it, so CI must have it"
+        pytest.skip("verl's environment is not made (make verl)")
+    return made
 
 
 WITNESS = """

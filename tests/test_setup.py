@@ -50,14 +50,15 @@ def test_both_locks_hold_the_version_table_and_agree_on_it() -> None:
 
 
 def test_each_lock_holds_what_its_own_list_asks_for() -> None:
-    for name in ("cpu", "cuda"):
+    for name in ("cpu", "cuda", "verl"):
         for wanted in here(f"{name}.in"):
             assert wanted.specifier.contains(pins(f"{name}.lock")[canonicalize_name(wanted.name)]), wanted
     assert {"vllm", "triton", "kernels", "liger-kernel", "bitsandbytes"} <= pins("cuda.lock").keys()
+    assert {"vllm", "ray", "tensordict", "transferqueue", "hydra-core"} <= pins("verl.lock").keys()
 
 
 def test_every_line_of_a_lock_names_one_exact_version() -> None:
-    for lock in ("cpu.lock", "cuda.lock"):
+    for lock in ("cpu.lock", "cuda.lock", "verl.lock"):
         for line in requirements(lock):
             assert [spec.operator for spec in line.specifier] == ["=="], f"{lock}: {line}"
 

@@ -34,12 +34,12 @@ from lib.task import Row, Task, load_task
 logger = logging.getLogger(__name__)
 
 STAGE = "training"
-SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training", "distributed", "rewards")
+SECTIONS = ("task", "backend", "model", "starter", "lora", "sampling", "training", "distributed", "verl", "rewards")
 """The config sections that decide what training produces."""
 
-PRODUCTS = ("checkpoints", "adapter", "model", "rollouts.jsonl", "metrics.jsonl")
+PRODUCTS = ("checkpoints", "verl/checkpoints", "adapter", "model", "rollouts.jsonl", "metrics.jsonl")
 
-RESUMABLE = ("checkpoints/step-*",)
+RESUMABLE = ("checkpoints/step-*", "verl/checkpoints/global_step_*")
 
 STOPPED = 75
 """Exit status of a child that was asked to stop and wrote a checkpoint (EX_TEMPFAIL: try again later)."""
@@ -173,7 +173,7 @@ def train_child(folder: str) -> int:
                 if stop.out_of_money:
                     error_file.write_text(_out_of_money(run), encoding="utf-8")
                 return STOPPED
-            run.end(STAGE, {"path": output.name, "steps": len(run.metrics())})
+            run.end(STAGE, {"path": output.name, "steps": max((one["step"] for one in run.metrics()), default=0)})
             return 0
     except WorkbenchError as error:
         error_file.write_text(scrub(str(error)), encoding="utf-8")
@@ -182,8 +182,12 @@ def train_child(folder: str) -> int:
 
 def last_step(run: Run) -> int:
     """The newest complete checkpoint's step; 0 where there is none."""
-    found = run.checkpoints()
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    found = [int(path.name.removeprefix("step-")) for path in run.checkpoints()]
+    if run.config.backend == "verl":  # its own become ours only where it ends
+        from lib.verl.checkpoints import steps
+
+        found += [step * run.config.steps_per_batch for step in steps(run)]
+    return max(found, default=0)
 
 
 def _inputs(config: Config, run: Run) -> dict[str, str]:

@@ -20,6 +20,7 @@ from lib.config.reading import (
 from lib.config.section import Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
 from lib.config.tree import SCHEMA, Config, TaskSection
+from lib.config.verl import VerlSection
 
 __all__ = [
     "HOW_ASKED",
@@ -39,6 +40,7 @@ __all__ = [
     "TaskSection",
     "TrainingSection",
     "UniqueKeys",
+    "VerlSection",
     "check_key",
     "known_keys",
     "load_config",

@@ -164,6 +164,7 @@ _HOW_ASKED = {
         "canary_deadline",
         "step_deadline",
     ),
+    "verl": ("ray_address", "python"),
     "rewards": ("max_unscored", "world_seconds", "score_seconds"),
     "sampling.vllm": ("memory_share", "enforce_eager", "block_size", "tool_calls", "tool_parser"),
 }

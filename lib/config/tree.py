@@ -12,6 +12,7 @@ from lib.config.evaluation import EvaluationSection
 from lib.config.export import ExportSection
 from lib.config.section import Positive, Section
 from lib.config.training import LoraSection, ModelSection, SamplingSection, StarterSection, TrainingSection
+from lib.config.verl import VerlSection, not_for_verl
 from lib.gpu import NONE, parse_gpu
 from lib.patience import SCORE_SECONDS, WORLD_SECONDS
 
@@ -34,6 +35,8 @@ class TaskSection(Section):
 class DataSection(Section):
     write_back: bool = False
     """Also write the converted tables beside their sources."""
+    parquet: bool = False
+    """Also write the rows as verl reads them (backend verl always does)."""
 
 
 class RewardsSection(Section):
@@ -115,7 +118,7 @@ class Config(Section):
     schema_version: int = Field(SCHEMA, alias="schema")
     task: TaskSection
     data: DataSection = DataSection()
-    backend: Literal["local", "distributed"] = "local"
+    backend: Literal["local", "distributed", "verl"] = "local"
     where: Literal["here", "modal"] = "here"
     """modal = notebook 3 trains in a Modal container and this process follows it."""
     model: ModelSection = ModelSection()
@@ -124,6 +127,7 @@ class Config(Section):
     sampling: SamplingSection = SamplingSection()
     training: TrainingSection = TrainingSection()
     distributed: DistributedSection = DistributedSection()
+    verl: VerlSection = VerlSection()
     rewards: RewardsSection = RewardsSection()
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
@@ -179,6 +183,14 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fit_for_verl(self) -> Config:
+        if self.backend == "verl":
+            problems = list(not_for_verl(self.training, self.lora, self.model, self.sampling))
+            if problems:
+                raise ValueError("backend verl: " + "; ".join(problems))
+        return self
+
     @property
     def as_served(self) -> Config:
         """This config with vLLM as what samples, whatever `sampling.engine` says: rollout workers are vLLM engines."""
@@ -186,7 +198,7 @@ class Config(Section):
 
     @property
     def steps_per_batch(self) -> int:
-        """Optimizer steps that one generation batch feeds (backend distributed: a whole number)."""
+        """Optimizer steps that one generation batch feeds (backends distributed and verl: a whole number)."""
         return self.training.passes_per_generation * self.training.iterations // self.training.accumulation
 
     @property

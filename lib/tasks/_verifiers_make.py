@@ -9,18 +9,12 @@ environments of your own make a whole one: docs/verifiers.md. Must not know rows
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
-from lib import PROJECT_ROOT, WorkbenchError
-
-logger = logging.getLogger(__name__)
+from lib import PROJECT_ROOT
+from lib.layered import make_environment
 
 PINS = {
     "classic": (
@@ -58,29 +52,10 @@ PINS = {
 PLACES = {"classic": PROJECT_ROOT / "build" / "verifiers", "v1": PROJECT_ROOT / "build" / "verifiers-v1"}
 """Where they go; the first is what the task looks for by itself."""
 
-DONE = "pins.json"
-
 
 def make(kind: str) -> Path:
     """The interpreter of an environment; makes it where it is not there as pinned. Raises WorkbenchError."""
-    folder, pins = PLACES[kind], list(PINS[kind])
-    python = folder / "bin" / "python"
-    shared = sysconfig.get_path("purelib")
-    wanted = json.dumps({"pins": pins, "shared": shared, "python": sys.version})
-    done = folder / DONE
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, symlinks=True, with_pip=False)
-    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (own / "workbench.pth").write_text(f"{shared}\n", encoding="utf-8")  # after the environment's own packages
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *pins]
-    installed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        raise WorkbenchError(f"{folder} cannot be made: {installed.stderr.strip()[-1000:]}")
-    done.write_text(wanted, encoding="utf-8")
-    logger.info("made %s", folder)
-    return python
+    return make_environment(PLACES[kind], PINS[kind])
 
 
 def main() -> None:
