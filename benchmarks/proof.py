@@ -98,7 +98,7 @@ class Bench:
         starter = models.resolve_model(config, self._open(config, "rows").read_rows("train"))
         shape = AutoConfig.from_pretrained(
             starter, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-            num_key_value_heads=4, layer_types=None, max_window_layers=12,
+            num_key_value_heads=4, layer_types=["full_attention"] * 12, max_window_layers=12,
         )  # fmt: skip
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(shape)

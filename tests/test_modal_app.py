@@ -86,26 +86,6 @@ def test_the_image_is_the_gpu_lock_the_pinned_packages_and_the_caches(careless: 
         assert re.search(rf"ENV {variable}=.?/cache/", layers), variable
 
 
-def test_verl_has_an_environment_of_its_own_in_the_image(cloud: Cloud) -> None:
-    done = cloud.call(
-        *["run", "--notebook", "1_data_prep", "--config", "configs/smoke/verl.yaml", "--gpu", "H100:2"],
-        *["-p", "verl.gpus=2", "-p", "modal.packages=[textstat==0.7.8]", "-p", "run_name=verl-image"],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = cloud.definition("notebook")
-    layers = "\n".join(found["image"])
-    assert found["gpus"] == ["H100:2"] and "cuda.lock" in layers
-    install = "uv pip install --no-cache --python /root/build/verl/bin/python"
-    assert f"{install} --no-deps -r /tmp/verl.lock" in layers and f"{install} textstat==0.7.8" in layers
-
-
-def test_gpus_that_verl_cannot_share_evenly_are_refused_before_a_container_starts(cloud: Cloud) -> None:
-    before = len(cloud.events("task_start"))
-    done = cloud.call("run", "--notebook", NOTEBOOK, "--config", "configs/ace_verl.yaml", "--gpu", "H100:3")
-    assert done.returncode == 2 and "3 GPUs cannot share them evenly" in done.stderr, done.stderr
-    assert len(cloud.events("task_start")) == before
-
-
 def test_the_container_gets_the_code_and_the_named_files_and_nothing_else(careless: Path, cloud: Cloud) -> None:
     mounted = cloud.definition("notebook")["mounted_files"]
     assert {path.split("/")[2] for path in mounted} == {"lib", "notebooks", "configs", "mine"}
@@ -355,3 +335,23 @@ def test_importing_the_app_defines_nothing_and_asks_nobody(cloud: Cloud) -> None
     shown: Any = cloud._run([sys.executable, "-c", code], {})
     assert shown.stdout.strip() == "None 0 False", shown.stderr
     assert len(cloud.core.events) == before
+
+
+def test_verl_has_an_environment_of_its_own_in_the_image(cloud: Cloud) -> None:
+    done = cloud.call(
+        *["run", "--notebook", "1_data_prep", "--config", "configs/smoke/verl.yaml", "--gpu", "H100:2"],
+        *["-p", "verl.gpus=2", "-p", "modal.packages=[textstat==0.7.8]", "-p", "run_name=verl-image"],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = cloud.definition("notebook")
+    layers = "\n".join(found["image"])
+    assert found["gpus"] == ["H100:2"] and "cuda.lock" in layers
+    install = "uv pip install --no-cache --python /root/build/verl/bin/python"
+    assert f"{install} --no-deps -r /tmp/verl.lock" in layers and f"{install} textstat==0.7.8" in layers
+
+
+def test_gpus_that_verl_cannot_share_evenly_are_refused_before_a_container_starts(cloud: Cloud) -> None:
+    before = len(cloud.events("task_start"))
+    done = cloud.call("run", "--notebook", NOTEBOOK, "--config", "configs/ace_verl.yaml", "--gpu", "H100:3")
+    assert done.returncode == 2 and "3 GPUs cannot share them evenly" in done.stderr, done.stderr
+    assert len(cloud.events("task_start")) == before
