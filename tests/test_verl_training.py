@@ -36,6 +36,7 @@ class Work:
         self._config = folder / "verl.yaml"
         smoke = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
         own = {"task": {"name": str(PROJECT_ROOT / "tests" / "two_turns.py")}, "rewards": {"max_unscored": 0.9}}
+        own["starter"] = {"steps": 5}  # it has learnt next to nothing: answers of a group differ
         self._config.write_text(yaml.safe_dump(smoke | own))
         self._places = [f"paths.outputs={folder}", f"paths.cache={folder / 'cache'}", f"verl.python={python}"]
 
@@ -90,11 +91,13 @@ def test_verl_trains_real_steps_and_what_it_did_is_in_the_run_folder(work: Work)
     assert [record["step"] for record in metrics] == [1, 2]
     assert [record["step"] for record in rollouts] == [1] * batch + [2] * batch
     for record in metrics:
-        assert record["grad_norm"] > 0 and record["parts/turns"] == 2 and record["completions/mean_length"] > 0
+        assert record["completions/mean_length"] > 0 and record["parts/turns"] <= 2
+        assert (record["grad_norm"] > 0) == (record["groups/useful"] > 0)
         own = [one for one in rollouts if one["step"] == record["step"]]
         judged = [one["reward"] for one in own if one["reward"] is not None]
         assert record["reward"] == pytest.approx(sum(judged) / len(judged), abs=1e-6)
         assert record["rollouts/unscored"] == 1 - len(judged) / batch
+    assert metrics[0]["groups/useful"] > 0
     for start in range(0, len(rollouts), group):
         assert len({record["row"] for record in rollouts[start : start + group]}) == 1
     assert re.search(r"step 1/2 loss", work.said()) and "resuming from global_step_1" in work.said()

@@ -1,4 +1,4 @@
-"""A task for tests of trainers: two turns, a reward for the length of the last one, and rows that break the scorer."""
+"""A task for tests of trainers: two turns, a reward for the letters of the last one, and rows that break the scorer."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ class TwoTurns(Task):
     async def score(self, rollout: Rollout) -> Score:
         if rollout.row["breaks"]:
             raise RuntimeError("the scorer broke")
-        return Score(reward=min(1.0, len(rollout.text) / 40), parts={"turns": float(len(rollout.turns))})
+        return Score(reward=min(1.0, len(set(rollout.text)) / 40), parts={"turns": float(len(rollout.turns))})
