@@ -97,6 +97,10 @@ class Run:
         """What training logged so far, one record per step."""
         return list(read_lines(self.folder / "metrics.jsonl"))
 
+    def last_logged(self) -> int:
+        """The newest step that training logged; 0 where none is."""
+        return max((int(record["step"]) for record in self.metrics()), default=0)
+
     def events(self) -> list[dict[str, Any]]:
         """What happened between the roles of a distributed training; [] where one process trains alone."""
         return list(read_lines(self.folder / "events.jsonl"))

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -238,11 +238,20 @@ def complete_checkpoint(run: Run, step: int, logs: Mapping[str, int], **notes: A
 
 def save_trained(trainer: Any, run: Run) -> Path:
     """The trained adapter, or the whole model, in the run folder: whole or not at all."""
+
+    def write(folder: Path) -> None:
+        trainer.save_model(str(folder))
+        trainer.processing_class.save_pretrained(str(folder))
+
+    return publish_trained(run, write)
+
+
+def publish_trained(run: Run, write: Callable[[Path], object]) -> Path:
+    """What `write` puts into a folder (it makes it), as the run's adapter or model: whole or not at all."""
     final = run.path("adapter" if run.config.lora.enabled else "model")
     temporary = final.with_name(f".{final.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    trainer.save_model(str(temporary))
-    trainer.processing_class.save_pretrained(str(temporary))
+    write(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     logger.info("training finished: %s", final)

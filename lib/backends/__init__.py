@@ -173,7 +173,7 @@ def train_child(folder: str) -> int:
                 if stop.out_of_money:
                     error_file.write_text(_out_of_money(run), encoding="utf-8")
                 return STOPPED
-            run.end(STAGE, {"path": output.name, "steps": max((one["step"] for one in run.metrics()), default=0)})
+            run.end(STAGE, {"path": output.name, "steps": run.last_logged()})
             return 0
     except WorkbenchError as error:
         error_file.write_text(scrub(str(error)), encoding="utf-8")

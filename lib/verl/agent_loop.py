@@ -24,9 +24,6 @@ from lib.task import Message, Row, Turn
 from lib.verl.record import SCORED, scored_as_json
 from lib.verl.reward import open_desk
 
-NAME = "workbench"
-"""`actor_rollout_ref.rollout.agent.default_agent_loop`."""
-
 
 class WorkbenchLoop(AgentLoopBase):  # type: ignore[misc]
     """Plays one row to its end and scores it."""

@@ -11,19 +11,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import PROJECT_ROOT, WorkbenchError
+from lib import WorkbenchError
 from lib.config import load_config
 from lib.places import locate
 from lib.runfolder import atomic_file
 from lib.verl.cluster import Cluster, cluster_of
-from lib.verl.environment import interpreter
+from lib.verl.environment import call, interpreter
 from lib.verl.errors import VerlError
 from lib.verl.overrides import notes, overrides
 
@@ -74,18 +73,8 @@ def ask(runs: Sequence[Sequence[str]], python: str, cache: Path | None = None) -
 
 
 def _ask(runs: list[list[str]], python: str) -> list[Answer]:
-    path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
     try:
-        done = subprocess.run(
-            [python, "-m", "lib.verl.compose"],
-            input=json.dumps({"runs": runs}),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-            cwd=PROJECT_ROOT,
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        done = call(python, "lib.verl.compose", seconds=DEADLINE, given=json.dumps({"runs": runs}))
     except subprocess.TimeoutExpired:
         raise VerlError(
             f"verl ({python}) did not check its config within {DEADLINE:g} s: is the machine busy?"

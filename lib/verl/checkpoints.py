@@ -17,9 +17,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lib import PROJECT_ROOT
 from lib.runfolder import Run, write_json
 from lib.verl.cluster import TRACKER
+from lib.verl.environment import call
 from lib.verl.errors import VerlError
 
 logger = logging.getLogger(__name__)
@@ -75,13 +75,10 @@ def convert(run: Run, step: int, target: Path, python: str, base: str) -> None:
 
 
 def _merge(shards: Path, target: Path, python: str) -> None:
-    command = [python, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    command += ["--local_dir", str(shards), "--target_dir", str(target), "--use_cpu_initialization"]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    arguments = ["merge", "--backend", "fsdp", "--local_dir", str(shards), "--target_dir", str(target)]
+    arguments.append("--use_cpu_initialization")
     try:
-        done = subprocess.run(
-            command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        done = call(python, "verl.model_merger", *arguments, seconds=_SECONDS, CUDA_VISIBLE_DEVICES="")
     except subprocess.TimeoutExpired:
         raise VerlError(f"verl's merger did not end within {_SECONDS:g} s on {shards}") from None
     if done.returncode:

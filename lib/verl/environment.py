@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -93,6 +95,30 @@ def interpreter(given: str = "") -> str:
             "workbench's. Or set verl.python to an interpreter that can import verl"
         )
     return str(made)
+
+
+def call(
+    python: str, module: str, *arguments: str, seconds: float, given: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a module in verl's environment, with the project to import from, to its end; what it says, as text.
+
+    `given`: its standard input; `environment`: on top of this process's. Raises subprocess.TimeoutExpired, OSError.
+    """
+    return subprocess.run(
+        [python, "-m", module, *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        cwd=PROJECT_ROOT,
+        env=os.environ | {"PYTHONPATH": import_path()} | environment,
+    )
+
+
+def import_path() -> str:
+    """PYTHONPATH of what runs in verl's environment: the project, and what is there already."""
+    return os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def make() -> Path:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import PROJECT_ROOT, WorkbenchError
+from lib import WorkbenchError
 from lib.config import Config, load_config
 from lib.generate import Chat
 from lib.places import locate
 from lib.prepare import open_chat, prepare, token_lengths
 from lib.runfolder import Run, default_name, open_run
 from lib.task import Task, load_task
-from lib.verl.environment import VerlMissingError, interpreter
+from lib.verl.environment import VerlMissingError, call, interpreter
 from lib.verl.parquet import FILES, ParquetError, check_parquet, write_parquet
 
 logger = logging.getLogger(__name__)
@@ -142,12 +141,9 @@ def _read_back(run: Run, tables: Sequence[Table]) -> str:
 
 def read_through_verl(python: str, files: Sequence[str], model: str, limit: int) -> dict[str, dict[str, Any]]:
     """What lib.verl.dataset says of each file, in verl's environment. Raises ParquetError."""
-    command = [python, "-m", "lib.verl.dataset", *files, "--model", model, "--limit", str(limit)]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [*files, "--model", model, "--limit", str(limit)]
     try:
-        done = subprocess.run(
-            command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        done = call(python, "lib.verl.dataset", *arguments, seconds=_SECONDS, CUDA_VISIBLE_DEVICES="")
     except subprocess.TimeoutExpired:
         raise ParquetError(f"verl did not read the files back within {_SECONDS:g} s") from None
     if done.returncode:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ REWARD = "pkg://lib.verl.reward"
 
 _SHARE_OF_WEIGHTS = 3.0
 """How much likelier a sampled token may be to the trainer than to the engine: the cap of the local backend (TRL's)."""
+
+LOOP = "workbench"
+"""Our agent loop (lib/verl/agent_loop.py)."""
+
+LOOP_FILE = "agent_loop.yaml"
+"""In the folder of the parquet files: what verl makes it of."""
 
 _BUCKET_MB = 256
 """Shared memory in which weights go to the engine; it has to hold the largest tensor."""
@@ -70,9 +76,9 @@ def overrides(
 ) -> list[str]:
     """What verl is told, as Hydra takes it; `verl.overrides` of the config come last, and win.
 
-    `parquet_folder` has train.parquet, test.parquet and reward.json. `model_path`: a folder, or a Hub id where the
-    config names no revision. `cluster`: None = as lib.verl.cluster sees it. `tokenizer`: the folder of another one than
-    the model's. Raises VerlError for what verl could not do with these machines or this model.
+    `parquet_folder` has train.parquet, test.parquet, reward.json and LOOP_FILE. `model_path`: a folder, or a Hub id
+    where the config names no revision. `cluster`: None = as lib.verl.cluster sees it. `tokenizer`: the folder of
+    another one than the model's. Raises VerlError for what verl could not do with these machines or this model.
     """
     cluster = cluster or cluster_of(config)
     check_fit(config, cluster.size)
@@ -82,7 +88,7 @@ def overrides(
         **_data(config, parquet_folder, model_path),
         **_model(config, model_path, tokenizer, cluster),
         **_actor(config, cluster),
-        **_rollout(config, cluster),
+        **_rollout(config, parquet_folder, cluster),
         **_trainer(config, run_folder, cluster),
         **_ray(config, cluster),
         **(_on_the_processor() if cluster.cpu else {}),
@@ -109,7 +115,7 @@ def _data(config: Config, folder: Path, model_path: str) -> dict[str, Any]:
         "data.train_batch_size": prompts_of(config),
         "data.max_prompt_length": config.sampling.prompt_limit,
         "data.max_response_length": _response_limit(config, model_path),
-        "data.filter_overlong_prompts": True,
+        "data.filter_overlong_prompts": False,  # they are left out before: verl would count without tools and date
         "data.truncation": "error",
         "data.seed": config.training.seed,
         "data.dataloader_num_workers": 0,  # a row is a few lines of text
@@ -216,7 +222,7 @@ def _dtype(config: Config, cluster: Cluster) -> str:
     return "float32" if cluster.cpu else "bfloat16"
 
 
-def _rollout(config: Config, cluster: Cluster) -> dict[str, Any]:
+def _rollout(config: Config, folder: Path, cluster: Cluster) -> dict[str, Any]:
     sampling, engine, ours = config.sampling, config.sampling.vllm, config.verl
     prefix = "actor_rollout_ref.rollout"
     told: dict[str, Any] = {
@@ -231,6 +237,8 @@ def _rollout(config: Config, cluster: Cluster) -> dict[str, Any]:
         f"{prefix}.gpu_memory_utilization": engine.memory_share,
         f"{prefix}.enforce_eager": engine.enforce_eager,
         f"{prefix}.log_prob_micro_batch_size_per_gpu": batches(config, cluster.size).micro,
+        f"{prefix}.agent.default_agent_loop": LOOP,
+        f"{prefix}.agent.agent_loop_config_path": str(folder / LOOP_FILE),
         f"{prefix}.agent.num_workers": 1,  # scores as well: a judge's limits and a sandbox's pool belong to one process
     }
     if engine.max_length:
@@ -359,9 +367,3 @@ def _quoted(text: str) -> str:
     r"""In quotes; a backslash counts only before a quote, and `${` would be looked up."""
     escaped = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
     return '"' + escaped.replace("${", "\\${") + '"'
-
-
-def keys(told: Iterable[str]) -> Iterator[str]:
-    """The keys of overrides, without what stands before them."""
-    for text in told:
-        yield text.lstrip("+~").partition("=")[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +34,9 @@ NAMES = {
 }
 """verl's name of a figure -> ours; the later of two wins. All others are kept as `verl/<name>`."""
 
+
+STOP = "stop"
+"""The file in <run>/verl that asks verl's trainer for the end."""
 
 SCORED = "workbench"
 """Where lib/verl/agent_loop.py leaves a rollout and its score among a sample's extra fields."""
@@ -132,8 +134,3 @@ def cut_after(run: Run, step: int) -> None:
             kept = [record for record in read_lines(path) if record["step"] <= step]
             with atomic_file(path) as file:
                 file.writelines(map(to_line, kept))
-
-
-def last_step(folder: Path) -> int:
-    """The newest step that is logged; 0 where none is."""
-    return max((int(record["step"]) for record in read_lines(folder / "metrics.jsonl")), default=0)

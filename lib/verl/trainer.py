@@ -22,6 +22,7 @@ from lib.runfolder import read_run
 from lib.verl.advantage import check_judged
 from lib.verl.record import (
     SCORED,
+    STOP,
     Answer,
     cut_after,
     in_groups,
@@ -30,9 +31,6 @@ from lib.verl.record import (
     scored_from_json,
     scored_of,
 )
-
-STOP = "stop"
-"""The file in <run>/verl that asks for the end."""
 
 _FIELDS = ["uid", "responses", "reward_model", "extra_fields"]
 
