@@ -6,7 +6,7 @@ python := .venv/bin/python
 lab_flags := $(if $(DISPLAY)$(WAYLAND_DISPLAY)$(filter Darwin,$(shell uname)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle test-ollama-template test-verl verifiers verl lab check lock lock-check clean
+.PHONY: help setup run test learn-coding learn-wordle learn-functions learn-distributed show-distributed test-bfcl test-wordle test-ollama-template test-verl test-verl-nodes verifiers verl lab check lock lock-check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-18s %s\n' "$$name" "$$text"; done
@@ -51,6 +51,9 @@ test-ollama-template: setup ## Ollama templates of real models, and 20,000 rando
 
 test-verl: setup verifiers verl ## configs, parquet, reward and estimator against verl itself (build/verl)
 	@$(python) -m pytest -q $(wildcard tests/test_verl_*.py) $(ARGS)
+
+test-verl-nodes: setup verl ## verl over two machines with disks of their own (about 9 minutes)
+	@$(python) -m pytest -q tests/verl_nodes_proof.py $(ARGS)
 
 verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests
 	@$(python) -m lib.tasks._verifiers_make classic v1

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +22,7 @@ from lib.endpoint import EndpointPolicy, EndpointRefused, check_key
 from lib.log import scrub
 from lib.paired import summarize
 from lib.patience import Patience
-from lib.rollout import BatchGenerate, Scored, UnscoredLimitError, collect, play_each
+from lib.rollout import BatchGenerate, Scored, check_unscored, collect, is_unscored, play_each
 from lib.runfolder import atomic_file, clear_errors, to_line
 from lib.task import Row, Score, Task
 
@@ -48,7 +47,7 @@ def answer_rows(
     """
     repeated = [row for row in rows for _ in range(samples)]
     scored = collect(task, repeated, generate, patience)
-    _check_judged([one.score for one in scored], len(scored), max_unscored, where, _MEND)
+    check_unscored((one.score for one in scored), max_unscored, where, remedy=_REMEDY)
     return [record_of(one) for one in scored]
 
 
@@ -96,9 +95,9 @@ def answer_there(
             if asked.refusal:
                 raise EndpointRefused(asked.refusal)
             records[missing[index]] = log.add(missing[index], one)
-            failed += [one.score] if _is_unscored(one.score) else []
+            failed += [one.score] if is_unscored(one.score) else []
             # Even if all the rest can be judged: it need not be asked then.
-            _check_judged(failed, len(repeated), config.rewards.max_unscored, label, _MEND_ENDPOINT)
+            check_unscored(failed, config.rewards.max_unscored, label, len(repeated), _REMEDY_ENDPOINT)
             _tell_progress(label, len(records), len(repeated))
     in_order = [records[at] for at in range(len(repeated))]
     keep_records(path, in_order)
@@ -113,28 +112,12 @@ def answer_there(
     return in_order
 
 
-_MEND = "Mend the judge, the sandbox or the scorer and run again"
-_MEND_ENDPOINT = (
-    "Mend the endpoint, the judge, the sandbox or the scorer and run again: what was answered and judged is on disk "
-    "and is not asked again"
+_LEFT_OUT = "raising the limit leaves them out of every mean."
+_REMEDY = f"Mend the judge, the sandbox or the scorer and run again; {_LEFT_OUT}"
+_REMEDY_ENDPOINT = (
+    f"Mend the endpoint, the judge, the sandbox or the scorer and run again: what was answered and judged is on disk "
+    f"and is not asked again; {_LEFT_OUT}"
 )
-
-
-def _check_judged(scores: Sequence[Score], answers: int, limit: float, where: str, mend: str) -> None:
-    """Raise UnscoredLimitError, with the reasons counted, where more than a share `limit` of `answers` is unscored."""
-    unscored = [score for score in scores if _is_unscored(score)]
-    if len(unscored) <= limit * answers:
-        return
-    reasons = Counter(str(score.notes.get("error", "no reason given")) for score in unscored)
-    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-    raise UnscoredLimitError(
-        f"{where}: {len(unscored)} of {answers} rollouts could not be judged, more than rewards.max_unscored = "
-        f"{limit:g} allows. Reasons: {shown}. {mend}; raising the limit leaves them out of every mean."
-    )
-
-
-def _is_unscored(score: Score) -> bool:
-    return score.reward is None and not score.masked
 
 
 def _tell_progress(label: str, done: int, all_of_them: int) -> None:
@@ -185,7 +168,7 @@ class AnswerLog:
     def add(self, number: int, scored: Scored) -> dict[str, Any]:
         """Keep a record where it was scored: what was not is to be asked again. Returns the record as it is kept."""
         record = record_of(scored)
-        if not _is_unscored(scored.score):
+        if not is_unscored(scored.score):
             with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(scrub(to_line({"number": number, "record": record})))
         return record

@@ -57,6 +57,8 @@ class Release(NamedTuple):
     """Optimizer steps that these weights have seen."""
     method: Method
     folder: str
+    hash: str
+    """Of its manifest, over every tensor: what lies in the folder now may have been written by another process."""
 
 
 class Canary(NamedTuple):

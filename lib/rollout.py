@@ -179,18 +179,31 @@ def background_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def check_unscored(scores: Iterable[Score], limit: float, where: str) -> None:
-    """Raise UnscoredLimitError, with the reasons counted, where more than `limit` (a share) is unscored."""
+REMEDY = "Mend the judge, the sandbox or the scorer and run again; raising the limit trains on what is left."
+
+
+def is_unscored(score: Score) -> bool:
+    """Whether it could not be judged; a masked one is left out by the task's own rule."""
+    return score.reward is None and not score.masked
+
+
+def check_unscored(
+    scores: Iterable[Score], limit: float, where: str, answers: int | None = None, remedy: str = REMEDY
+) -> None:
+    """Raise UnscoredLimitError, with the reasons counted, where more than `limit` (a share) is unscored.
+
+    `answers`: how many there are in all, where `scores` are but some of them.
+    """
     scores = list(scores)
-    unscored = [score for score in scores if score.reward is None and not score.masked]
-    if not scores or len(unscored) <= limit * len(scores):
+    answers = len(scores) if answers is None else answers
+    unscored = [score for score in scores if is_unscored(score)]
+    if len(unscored) <= limit * answers:
         return
     reasons = Counter(str(score.notes.get("error", "no reason given")) for score in unscored)
     shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
     raise UnscoredLimitError(
-        f"{where}: {len(unscored)} of {len(scores)} rollouts could not be judged, more than rewards.max_unscored = "
-        f"{limit:g} allows. Reasons: {shown}. Mend the judge, the sandbox or the scorer and run again; raising the "
-        f"limit trains on what is left."
+        f"{where}: {len(unscored)} of {answers} rollouts could not be judged, more than rewards.max_unscored = "
+        f"{limit:g} allows. Reasons: {shown}. {remedy}"
     )
 
 

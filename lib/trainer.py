@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib import WorkbenchError
-from lib.rollout import Scored, TokenRow, to_tokens
+from lib.rollout import Scored, TokenRow, is_unscored, to_tokens
 from lib.task import ROW_PART, Row
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def batch_metrics(scored: Sequence[Scored], rewards: Sequence[float | None], gro
     """Shares of unscored and masked rollouts, of groups with signal and of empty groups, and the mean of every part."""
     groups = [rewards[i : i + group] for i in range(0, len(rewards), group)]
     metrics = {
-        "rollouts/unscored": sum(s.score.reward is None and not s.score.masked for s in scored) / len(scored),
+        "rollouts/unscored": sum(is_unscored(s.score) for s in scored) / len(scored),
         "rollouts/masked": sum(s.score.masked for s in scored) / len(scored),
         "groups/useful": sum(len({r for r in g if r is not None}) > 1 for g in groups) / len(groups),
         "groups/empty": sum(all(r is None for r in g) for g in groups) / len(groups),

@@ -102,12 +102,17 @@ def chain(workspace: Path, places: list[str]) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="session")
-def cloud(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    """Modal on loopback: the real client against a server that runs function bodies in mount trees of their own."""
+def bubblewrap() -> None:
+    """bubblewrap makes mount trees here."""
     works = ["bwrap", "--ro-bind", "/", "/", "--unshare-pid", "true"]
     if not shutil.which("bwrap") or subprocess.run(works, capture_output=True, check=False).returncode:
         assert not os.environ.get("CI"), "bubblewrap does not work: `make test` installs it, so CI must have it"
         pytest.skip("bubblewrap is missing or may not make namespaces: apt-get install bubblewrap")
+
+
+@pytest.fixture(scope="session")
+def cloud(shared: Path, bubblewrap: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """Modal on loopback: the real client against a server that runs function bodies in mount trees of their own."""
     with cloud_of(shared, tmp_path_factory.mktemp("cloud")) as running:
         yield running
 

@@ -389,7 +389,7 @@ class SimulatedActor:
             self.witness.violations.append(f"version {version} published twice")
         weights = f"{self.step} {len(self.trained)} {self.trained[-1:]}"
         self.witness.published[version] = weights, self.step
-        return Release(version, self.step, method, f"weights/v-{version}")
+        return Release(version, self.step, method, f"weights/v-{version}", weights)
 
     async def canary(self, version: int) -> Canary:
         self._alive()

@@ -111,6 +111,7 @@ ALLOWED = {
     "modal_roles.py": {"modal"},
     "tasks/_thermal_store.py": {"numpy"},
     "verl/agent_loop.py": {"verl"},
+    "verl/machines.py": {"ray"},
     "verl/platform.py": {"torch", "verl"},
     "verl/trainer.py": {"torch", "verl"},
 }

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
+from tiny_models import tiny_qwen3_moe
 from tiny_policy import tiny, train, with_adapter
 
 from lib.config import load_config
@@ -19,7 +21,7 @@ from lib.program import ProgramError
 from lib.roles import Method, Proof, RefusedError, Release, Sampled, Sampling, WorkerError
 from lib.rollout_worker import EngineSettings, RemoteWorker, RolloutWorker, command, environment
 from lib.rollout_worker import engine as engine_module
-from lib.rollout_worker.engine import Engine
+from lib.rollout_worker.engine import Engine, EngineError
 from lib.rpc import Child, RpcError, start
 from lib.runfolder import hash_file
 from lib.sync import BLOCK, canary_of, compare, make_canaries, publish
@@ -510,3 +512,11 @@ def test_settings_come_from_the_config_and_travel_as_json() -> None:
     assert (settings.lora_rank, settings.seed, settings.dtype, settings.run) == (None, 4, "bfloat16", "a-run")
     assert EngineSettings.of(config, "a-run", "/a/starter", "float32").revision is None
     assert EngineSettings.model_validate_json(command(settings)[-1]) == settings
+
+
+def test_an_adapter_on_a_mixture_of_experts_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, and vLLM takes it then")
+    mixture = str(tiny_qwen3_moe(tmp_path / "mixture"))
+    with pytest.raises(EngineError, match=r"mixture is a mixture of experts.*distributed\.sync_method to reload"):
+        Engine(EngineSettings(run="a-run", model=mixture, lora_rank=4))

@@ -14,6 +14,7 @@ from tiny_policy import tiny, train, with_adapter
 
 from lib.roles import Canary, Method, Release
 from lib.sync import SyncError, canary_of, check, compare, folders, make_canaries, publish, read_tensors, versions
+from lib.sync.manifest import read_manifest
 
 RUN = "a-run"
 PROMPTS = [[5, 9, 13, 40, 41, 42, 7] * 4, [8, 3, 77, 101]]
@@ -165,7 +166,7 @@ def test_the_newest_two_steps_stay_and_an_older_ones_file_is_written_over(tmp_pa
         assert [path.name for path in versions(weights)] == [f"v-{n}" for n in range(max(1, version - 1), version + 1)]
         for left in versions(weights):
             number = int(left.name[2:])
-            check(Release(number, number, "reload", str(left)), RUN)
+            check(Release(number, number, "reload", str(left), read_manifest(left).hash), RUN)
     assert inodes[2:] == inodes[:3]
 
 
@@ -300,6 +301,16 @@ def test_weights_of_another_run_version_or_kind_are_refused(tmp_path: Path) -> N
     with pytest.raises(SyncError, match="was published for reload; lora loads lora"):
         check(release._replace(method="lora"), RUN)
     assert check(release._replace(method="volume"), RUN).version == 1
+
+
+def test_weights_that_another_process_published_under_the_same_number_are_refused(tmp_path: Path) -> None:
+    release = released(tiny(), tmp_path / "weights")
+    shutil.rmtree(release.folder)
+    other = tiny()
+    train(other)
+    assert released(other, tmp_path / "weights").folder == release.folder
+    with pytest.raises(SyncError, match="other weights than version 1 was published with"):
+        check(release, RUN)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import yaml
 from test_config import CONFIGS
+from transformers import GptOssConfig
 
-from lib import PROJECT_ROOT, WorkbenchError
+from lib import PROJECT_ROOT, WorkbenchError, models
+from lib.backends import verl as backend
 from lib.config import Config, ConfigError, check_key, load_config, parse_config
 from lib.run import parse_parameters
+from lib.runfolder import open_run
 from lib.starter import CONTEXT
+from lib.task import load_task
 from lib.verl import check, cluster
 from lib.verl.batches import batches, check_fit, describe_epoch, steps
 from lib.verl.check import Answer, ask
@@ -28,6 +32,13 @@ from lib.verl.overrides import hydra, notes, overrides
 
 TWO = Cluster(2)
 ACE = PROJECT_ROOT / "configs" / "ace_verl.yaml"
+
+
+class Never:
+    """Nobody asks for the end."""
+
+    def requested(self, step_seconds: float) -> bool:
+        return False
 
 
 def config(**sections: Any) -> Config:
@@ -392,6 +403,19 @@ def test_a_model_that_verl_cannot_hold_is_refused(tmp_path: Path) -> None:
         overrides(given, tmp_path, tmp_path, str(tmp_path), TWO)
     with pytest.raises(VerlError, match="takes no revision"):
         overrides(load_config(ACE, {"model.revision": "main"}), tmp_path, tmp_path, "Qwen/Qwen2-0.5B", TWO)
+
+
+def test_a_hub_model_that_verl_cannot_hold_is_refused_before_it_is_fetched(
+    tmp_path: Path, verl_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = GptOssConfig(num_hidden_layers=1, quantization_config={"quant_method": "mxfp4"})
+    monkeypatch.setattr(models, "load_shape", lambda source, settings: packed)
+    monkeypatch.setattr(models, "download", lambda source, settings: pytest.fail("it was fetched"))
+    away = {"model.name": "openai/gpt-oss-20b", "paths.outputs": str(tmp_path), "verl.python": verl_python}
+    config = load_config(PROJECT_ROOT / "configs" / "smoke" / "verl.yaml", away)
+    task = load_task(config.task.name, **config.task.params)
+    with pytest.raises(VerlError, match=r"openai/gpt-oss-20b is stored in mxfp4"):
+        backend.train(config, task, task.rows("train"), open_run("packed", config), Never())
 
 
 def test_an_answer_of_several_turns_has_all_the_room_that_the_prompt_leaves(tmp_path: Path, starter: str) -> None:

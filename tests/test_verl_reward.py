@@ -19,7 +19,7 @@ from lib import PROJECT_ROOT
 from lib.config import Config, load_config, parse_config
 from lib.generate import scripted
 from lib.rollout import attempt, submit
-from lib.runfolder import Run
+from lib.runfolder import Run, open_run, read_lines
 from lib.task import Message, Row, Score, Task, load_task, task_names
 from lib.tasks._verifiers_make import make
 from lib.verl.parquet import write_order
@@ -371,3 +371,25 @@ def test_through_verls_reward_loop_on_ray_and_its_queue_what_is_left_out_stays_s
     assert not any(map(any, nothing["advantages"])), "verl refuses a step without a token: one is in it, for nothing"
     group = [firsts[at] for at in (0, 1, 3)]
     assert group[0] == group[2] > 0 > group[1] and sum(group) == pytest.approx(0, abs=1e-5)
+
+
+def test_an_engine_that_does_not_answer_leaves_one_rollout_unscored_and_not_its_group(
+    verl_python: str, tmp_path: Path, tokenizer: str
+) -> None:
+    config = load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path)})
+    run = open_run("engine", config)
+    order = write_order(run, tmp_path)
+    row = tmp_path / "row.json"
+    row.write_text(json.dumps(load_task(config.task.name, **config.task.params).rows("train")[0]), encoding="utf-8")
+    command = [verl_python, str(PROJECT_ROOT / "tests" / "verl_loop_program.py"), str(order), str(row), tokenizer]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answered, lost = json.loads(done.stdout.splitlines()[-1])
+    assert answered["scored"] == 1.0 and answered["mask"] == [1, 1, 1]
+    assert lost["scored"] == 0.0 and "the engine is gone" in lost["reason"]
+    assert math.copysign(1.0, lost["score"]) == -1.0 and lost["score"] == 0.0
+    assert len(lost["ids"]) == 1 and lost["mask"] == [0]
+    assert [line["reason"] for line in read_lines(tmp_path / "unscored.jsonl")] == [lost["reason"]]

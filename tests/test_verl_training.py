@@ -6,64 +6,16 @@ The smoke config, with a task of two turns whose scorer breaks for every fourth 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from through_verl import SECONDS, Work, is_there
 
-from lib import PROJECT_ROOT
 from lib.keeper import family
 from lib.runfolder import read_run
-
-SMOKE = PROJECT_ROOT / "configs" / "smoke" / "verl.yaml"
-_SECONDS = 900.0
-"""For one start of verl, two steps and its end: 100 seconds on two idle cores."""
-
-
-class Work:
-    """A run of the smoke config in a folder of its own."""
-
-    def __init__(self, folder: Path, python: str) -> None:
-        self.folder, self.run = folder, folder / "through-verl"
-        self._config = folder / "verl.yaml"
-        smoke = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
-        own = {"task": {"name": str(PROJECT_ROOT / "tests" / "two_turns.py")}, "rewards": {"max_unscored": 0.9}}
-        own["starter"] = {"steps": 5}  # it has learnt next to nothing: answers of a group differ
-        self._config.write_text(yaml.safe_dump(smoke | own))
-        self._places = [f"paths.outputs={folder}", f"paths.cache={folder / 'cache'}", f"verl.python={python}"]
-
-    def start(self, notebook: str, *parameters: str) -> subprocess.Popen[bytes]:
-        given = [f"run_name={self.run.name}", *self._places, *parameters]
-        command = [
-            sys.executable,
-            "-m",
-            "lib.run",
-            notebook,
-            str(self._config),
-            *(text for one in given for text in ("-p", one)),
-        ]
-        with self.log.open("ab") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def do(self, notebook: str, *parameters: str) -> None:
-        assert self.start(notebook, *parameters).wait(_SECONDS) == 0, self.said()
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    def said(self) -> str:
-        own = self.run / "verl" / "log.txt"
-        return self.log.read_text(errors="replace") + (own.read_text(errors="replace")[-8000:] if own.is_file() else "")
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +23,9 @@ def work(tmp_path_factory: pytest.TempPathFactory, verl_python: str) -> Work:
     """Stopped in its first step, and gone on with to its end."""
     made = Work(tmp_path_factory.mktemp("verl"), verl_python)
     made.do("1_data_prep")
-    process = made.start("3_grpo_training")
-    wait_for(process, made, "Training Progress")
+    process = made.stop_in_its_first_step()
     below = family(process.pid)
-    (child,) = children_of(made.run)
-    os.kill(child, signal.SIGTERM)
-    assert process.wait(_SECONDS) == 75, made.said()
+    assert process.wait(SECONDS) == 75, made.said()
     assert "stopped as asked" in made.said() and "goes on from step 1" in made.said()
     assert not [pid for pid in below if is_there(pid)], "verl's processes are still there"
     assert [path.name for path in read_run(made.run).checkpoints()] == ["step-1"]
@@ -131,30 +80,3 @@ def test_notebook_4_evaluates_them_and_notebook_5_exports_them(work: Work) -> No
     assert (work.run / "evaluation").is_dir()
     work.do("5_export_and_serve", "export.artifacts=[merged]")
     assert (work.run / "export" / "merged" / "model.safetensors").is_file()
-
-
-def wait_for(process: subprocess.Popen[bytes], work: Work, text: str) -> None:
-    until = time.monotonic() + _SECONDS
-    while text not in work.said():
-        assert process.poll() is None and time.monotonic() < until, work.said()
-        time.sleep(0.5)
-
-
-def children_of(folder: Path) -> list[int]:
-    """The training processes of a run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"train-child" in words and str(folder).encode() in words:
-            found.append(int(path.parent.name))
-    return found
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -51,6 +51,11 @@ _ADVICE = (
         "every rollout failed, and the first `Error in _run_prompt` of verl/log.txt says why (verl's environment lacks "
         "a package that the task needs, for example)",
     ),
+    (
+        r"InvalidAuthToken",
+        "the Ray cluster asks for its token: copy ~/.ray/auth_token of its head to this machine, or set RAY_AUTH_TOKEN "
+        "(docs.ray.io, ray-security/token-auth)",
+    ),
     (r"is less than total desired GPUs", "verl.gpus or verl.nodes is more than the Ray cluster has free"),
 )
 
@@ -66,7 +71,7 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     if config.verl.ray_address:
         cluster.probe(config.verl.ray_address)
     done = cluster.check_checkpoints(run.folder / checkpoints.FOLDER)
-    source = models.resolve_model(config, rows)
+    source = _fetched(config, models.resolve_model(config, rows))
     chat = unloaded_chat(config, source)
     check_tools(chat, rows)
     kept = kept_rows(rows, chat, config)
@@ -90,6 +95,14 @@ def train(config: Config, task: Task, rows: Sequence[Row], run: Run, stop: StopS
     if stopped:
         return None
     return _publish(run, converted)
+
+
+def _fetched(config: Config, source: str) -> str:
+    """The base policy's folder. A Hub model is looked at before gigabytes are fetched, and fetched but once."""
+    if Path(source).is_dir():
+        return source
+    overrides.check_shape(config, source, models.load_shape(source, config.model).to_dict())
+    return str(models.download(source, config.model))
 
 
 def _write_loop(folder: Path) -> None:

@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 
 from lib.config import ModelSection
 from lib.export.errors import ExportError
-from lib.models.errors import explained
-from lib.models.loading import refuse_pickles, same_base
-from lib.models.shape import revision_of
+from lib.models.loading import download, same_base
 from lib.runfolder import hash_file
 from lib.sync.errors import SyncError
 from lib.sync.tensors import Stored, read_header
@@ -32,8 +30,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MACHINE_KEYS = ("_name_or_path", "name_or_path", "local_files_only", "is_local")
 """Keys of config.json and tokenizer_config.json that say where a file lay on the machine that wrote it."""
-
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "README.md")
 
 
 class Place(NamedTuple):
@@ -88,7 +84,7 @@ class Adapter:
 def open_checkpoint(source: str, settings: ModelSection) -> Checkpoint:
     """The model of a folder, or of a Hub id, whose files are brought here. Raises ExportError, ModelError."""
     local = Path(source)
-    folder = local if local.is_dir() else _download(source, settings)
+    folder = local if local.is_dir() else download(source, settings)
     path = folder / "config.json"
     if not path.is_file():
         raise ExportError(f"{_shown(source)} has no config.json: it is not a model that transformers wrote")
@@ -188,16 +184,6 @@ def _pickled(folder: Path, shown: str, wanted: str) -> ExportError:
             f"safetensors are. Convert it where you trust it (load it and save_pretrained), and name that folder"
         )
     return ExportError(f"{shown} has no {wanted}: its weights are not there, or were not written to the end")
-
-
-def _download(source: str, settings: ModelSection) -> Path:
-    """A Hub model's own files, from the cache where they are there. Its folders (original/, say) are other formats."""
-    from huggingface_hub import snapshot_download
-
-    refuse_pickles(source, settings)
-    wanted, revision = list(_WANTED), revision_of(source, settings)
-    with explained(source):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def _shown(source: str) -> str:

@@ -9,6 +9,7 @@ from lib.models.errors import ModelError
 from lib.models.loading import (
     STARTER,
     check_held,
+    download,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -45,6 +46,7 @@ __all__ = [
     "counts_of",
     "describe_device",
     "device",
+    "download",
     "expert_parameters",
     "gradient_checkpointing",
     "is_out_of_memory",

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 STARTER = "starter"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "README.md")
+"""A model's own files."""
 
 
 def resolve_model(config: Config, rows: Sequence[Row]) -> str:
@@ -159,6 +161,19 @@ def same_base(recorded: str, source: str, adapter: str | Path) -> bool:
     if known:
         return weights_hash(source) == known
     return Path(recorded).name == Path(source).name and (Path(recorded).is_absolute() or is_folder)
+
+
+def download(source: str, settings: ModelSection) -> Path:
+    """The folder of a Hub model's own files, from the cache where they are there. Raises ModelError.
+
+    Its folders (original/, say) are other formats of the same weights.
+    """
+    from huggingface_hub import snapshot_download
+
+    refuse_pickles(source, settings)
+    wanted, revision = list(_WANTED), revision_of(source, settings)
+    with explained(source):
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def refuse_pickles(source: str, settings: ModelSection) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import WorkbenchError
+from lib.config import ModelSection
+from lib.models import counts_of, load_shape
 from lib.roles import Sampling
 from lib.rollout_worker.adapters import use_one_adapter
 from lib.rollout_worker.settings import EngineSettings, set_environment
@@ -47,6 +49,7 @@ class Engine:
         self._adapter: Any = None
         self._adapters = self._number = 0
         if settings.lora_rank and not self.on_gpu:
+            _refuse_experts(settings)
             use_one_adapter()
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**self._arguments(folder)))
 
@@ -179,6 +182,16 @@ class Engine:
             engine.engine_core.shutdown()
             del engine
             gc.collect()
+
+
+def _refuse_experts(settings: EngineSettings) -> None:
+    """vLLM has no LoRA of a mixture of experts without a GPU (0.31, lora/model_manager.py). Raises EngineError."""
+    named = ModelSection(name=settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    if counts_of(load_shape(settings.model, named)).experts:
+        raise EngineError(
+            f"{Path(settings.model).name} is a mixture of experts, and vLLM serves an adapter on one with a GPU only: "
+            f"set distributed.sync_method to reload"
+        )
 
 
 def sampling_parameters(sampling: Sampling, index: int) -> dict[str, Any]:

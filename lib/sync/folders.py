@@ -69,7 +69,7 @@ def publish(
         partial = weights / f".v-{version}.partial"
         _clear(weights, version, step, method, reuse=partial if method in ("reload", "volume") else None)
         known = _WRITERS[method](model, partial, tokenizer, dtype)
-        write_manifest(
+        manifest = write_manifest(
             partial,
             run=run,
             version=version,
@@ -84,7 +84,7 @@ def publish(
     if method == "reload":
         threading.Thread(target=flush, args=(folder,), name=f"flush v-{version}", daemon=True).start()
     logger.info("weights: version %d published for %s in %.2f s", version, method, time.perf_counter() - began)
-    return Release(version, step, method, str(folder))
+    return Release(version, step, method, str(folder), manifest.hash)
 
 
 def flush(folder: Path) -> None:

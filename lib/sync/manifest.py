@@ -120,6 +120,10 @@ def check(release: Release, run: str) -> Manifest:
     if manifest.method not in LOADS[release.method]:
         allowed = " or ".join(LOADS[release.method])
         raise SyncError(f"{folder} was published for {manifest.method}; {release.method} loads {allowed}")
+    if manifest.hash != release.hash:
+        raise SyncError(
+            f"{folder} holds other weights than version {release.version} was published with: another process wrote it"
+        )
     _check_files(folder, manifest)
     return manifest
 

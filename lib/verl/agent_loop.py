@@ -37,12 +37,13 @@ class WorkbenchLoop(AgentLoopBase):  # type: ignore[misc]
         self.chat, self.turn_limit = _chat(run, model, room)
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
-        """One rollout of the row in `reward_model.ground_truth`, with its reward; unscored ones are masked out."""
+        """One rollout of the row in `reward_model.ground_truth`, with its reward; unscored ones are masked out.
+
+        An engine that does not answer makes it unscored as well: verl would leave out the whole group for one raised.
+        """
         row: Row = json.loads(kwargs["reward_model"]["ground_truth"])
         policy = _Policy(self, sampling_params, priority, int(kwargs.get("global_steps", 1)))
         scored = await self._desk.attempt(row, policy)
-        if policy.broken is not None:
-            raise policy.broken  # the engine's failure, not the world's: verl counts it
         split = str((kwargs.get("extra_info") or {}).get("split", ""))
         return self._output(scored, self._desk.told(scored.score, split, str(row["id"])), policy)
 
@@ -82,21 +83,11 @@ class _Policy:
         self._previous: Turn | None = None
         self._first: list[int] = []
         self._said_at = 0
-        self.broken: Exception | None = None
         self.extra: dict[str, Any] = {"min_global_steps": step - 1, "max_global_steps": step - 1}
         """What verl's engine says of the weights that it sampled with; those of the step before, where it was never
         asked: verl counts with these numbers."""
 
     async def __call__(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
-        try:
-            return await self._turn(messages, tools)
-        except OutOfRoomError:
-            raise
-        except Exception as error:  # kept for `run`: to the rollout loop it is a broken world
-            self.broken = error
-            raise
-
-    async def _turn(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> Turn:
         loop = self._loop
         prompt = loop.chat.continued_ids(Request(messages, tools, self._previous, self._said_at))
         self._first = self._first or prompt

@@ -23,6 +23,9 @@ from lib.verl.errors import VerlError
 TRACKER = "latest_checkpointed_iteration.txt"
 """verl's file that names the newest checkpoint; without it verl starts from the beginning and says nothing."""
 
+PLATFORM = "VERL_PLATFORM"
+"""Environment variable of verl: its device. `cpu`: a cluster whose GPUs are places for processes, for tests."""
+
 _TRIES, _TIMEOUT, _PAUSE = 3, 3.0, 1.0
 """Of the probe: times, and seconds for each and between them."""
 
@@ -62,7 +65,7 @@ def cluster_of(config: Config, seen: int | None = None) -> Cluster:
                 f"verl.gpus is not set, and none is here to count by: how many GPUs has one machine of the Ray cluster "
                 f"at {ours.ray_address}? Set verl.gpus to that, verl.nodes to the number of its machines"
             )
-        return Cluster(ours.gpus or seen, ours.nodes)
+        return Cluster(ours.gpus or seen, ours.nodes, cpu=os.environ.get(PLATFORM) == "cpu")
     if ours.nodes > 1:
         raise VerlError(
             f"verl.nodes {ours.nodes}: a Ray of the run's own is this one machine. Set verl.nodes to 1, or "

@@ -273,11 +273,12 @@ def _trainer(config: Config, run_folder: Path, cluster: Cluster) -> dict[str, An
 
 
 def _ray(config: Config, cluster: Cluster) -> dict[str, Any]:
+    told: dict[str, Any] = {"trainer.device": "cpu"} if cluster.cpu else {}
     if config.verl.ray_address:
-        return {"+ray_kwargs.ray_init.address": config.verl.ray_address}
-    told: dict[str, Any] = {"+ray_kwargs.ray_init.include_dashboard": False}
+        return told | {"+ray_kwargs.ray_init.address": config.verl.ray_address}
+    told["+ray_kwargs.ray_init.include_dashboard"] = False
     if cluster.cpu:  # places for processes, nothing else
-        told |= {"trainer.device": "cpu", "+ray_kwargs.ray_init.num_gpus": cluster.gpus}
+        told["+ray_kwargs.ray_init.num_gpus"] = cluster.gpus
         told["ray_kwargs.ray_init.num_cpus"] = 8 * cluster.gpus  # what verl's processes ask for, not what there is
     return told
 
@@ -323,11 +324,15 @@ def _check_model(config: Config, path: str) -> None:
     folder = Path(path).is_dir()
     if config.model.revision and not folder:
         raise VerlError(f"verl takes no revision ({config.model.revision}): download {path} and give the folder")
-    shape = _model_config(path)
+    check_shape(config, path, _model_config(path))
+
+
+def check_shape(config: Config, model: str, shape: Mapping[str, Any]) -> None:
+    """Refuse a model that verl cannot hold, by what its config.json says. Raises VerlError."""
     packed = shape.get("quantization_config", {}).get("quant_method")
     if packed:
         raise VerlError(
-            f"{path} is stored in {packed}, and verl trains unpacked weights: unpack it once, or use the local backend"
+            f"{model} is stored in {packed}, and verl trains unpacked weights: unpack it once, or use the local backend"
         )
     heads = shape.get("num_attention_heads")
     parallel = config.verl.tensor_parallel

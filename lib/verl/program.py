@@ -21,7 +21,14 @@ from lib.verl import local_ray
 ERROR = "error.txt"
 """In the folder of the overrides: why it ended, where that is ours to say."""
 
-ENVIRONMENT = ("VERL_USE_EXTERNAL_MODULES", "VERL_PLATFORM", "VERL_ENGINE_DEVICE", "WORKBENCH_RUN", "PYTHONPATH")
+ENVIRONMENT = (
+    "VERL_USE_EXTERNAL_MODULES",
+    "VERL_PLATFORM",
+    "VERL_ENGINE_DEVICE",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "WORKBENCH_RUN",
+    "PYTHONPATH",
+)
 """Variables that processes on other machines of a cluster get as well. Keys of judges are no part of it: Ray shows
 them to everybody who may look at the cluster; set them on its machines."""
 
@@ -44,13 +51,16 @@ def main() -> int:
 
 def train(overrides: list[str]) -> None:
     """Compose verl's config and train to its end."""
-    import ray
+    if any("ray_kwargs.ray_init.address=" in text for text in overrides):
+        _show_token()  # before Ray is imported
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
     from verl.trainer import main_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
+
+    from lib.verl.machines import Here
 
     folder = Path(main_ppo.__file__).parent / "config"
     with initialize_config_dir(str(folder), version_base=None):
@@ -61,11 +71,20 @@ def train(overrides: list[str]) -> None:
         if name in os.environ:
             key = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
             OmegaConf.update(config, key, os.environ[name], force_add=True)
-    if not config.ray_kwargs.ray_init.get("address"):
+    address = config.ray_kwargs.ray_init.get("address")
+    if not address:
         local_ray.fix_ports()
+    if not address or address.startswith(f"{local_ray.LOOPBACK}:"):
         local_ray.stay_here()
         OmegaConf.update(config, "ray_kwargs.ray_init._node_ip_address", local_ray.LOOPBACK, force_add=True)
-    main_ppo.run_ppo(config, task_runner_class=ray.remote(num_cpus=1)(_runner()))
+    main_ppo.run_ppo(config, task_runner_class=Here(_runner()))
+
+
+def _show_token() -> None:
+    """A head that finds a token on its machine asks for it (Ray 2.60); who joins has to be told to show it."""
+    default = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" in os.environ or default.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _runner() -> type:
@@ -76,11 +95,14 @@ def _runner() -> type:
 
     class Runner(plain):  # type: ignore[misc]
         def run(self, config: Any) -> None:
+            from verl.plugin.platform import get_platform
             from verl.trainer.ppo.v1 import trainer_base
 
-            from lib.verl import advantage
+            from lib.verl import advantage, machines
             from lib.verl.trainer import RunTrainer
 
+            machines.wait_for(config.trainer.nnodes, get_platform().ray_resource_name(), config.trainer.n_gpus_per_node)
+            machines.this_one_first()
             advantage.register()
             trainer_base.TRAINER_REGISTRY[config.trainer.v1.trainer_mode] = RunTrainer
             super().run(config)

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from lib import WorkbenchError
 from lib.patience import Patience
 from lib.places import RUN
-from lib.rollout import Scored, attempt, submit
+from lib.rollout import Scored, attempt, is_unscored, submit
 from lib.task import Generate, Message, Row, Score, Task, Turn, load_task
 
 ORDER = "reward.json"
@@ -102,7 +102,7 @@ class Desk:
     def told(self, score: Score, split: str, row: str) -> dict[str, Any]:
         """What verl is told of a score, the same keys for every answer; counts what could not be judged."""
         reason = _reason(score)
-        if score.reward is None and not score.masked:
+        if is_unscored(score):
             self._count(Unscored(time=time.time(), split=split, row=row, reason=reason))
         judged = score.reward is not None and not score.masked
         return {

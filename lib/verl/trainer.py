@@ -1,7 +1,8 @@
 """verl's own trainer, in a run folder: every step is written there, and it ends after a step where it is asked to.
 
-Owns what happens between verl's steps. It runs in verl's environment, in the process that drives the training, and the
-folder has to be on a disk that this process sees: on a cluster, a shared one. Must not know configs' meaning or tasks.
+Owns what happens between verl's steps. It runs in verl's environment, in the process that drives the training, on the
+machine that has the run folder; machines that do not see it get what they need through Ray. Must not know configs'
+meaning or tasks.
 
     python -m lib.verl.program --help
 """
@@ -9,17 +10,21 @@ folder has to be on a disk that this process sees: on a cluster, a shared one. M
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transfer_queue
+from verl.plugin.platform import get_platform
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from lib.rollout import Scored
-from lib.runfolder import read_run
+from lib.runfolder import atomic_file, read_run
 from lib.verl.advantage import check_judged
+from lib.verl.cluster import TRACKER
+from lib.verl.machines import Machines
 from lib.verl.record import (
     SCORED,
     STOP,
@@ -32,6 +37,9 @@ from lib.verl.record import (
     scored_of,
 )
 
+CHECKPOINTS = "checkpoints"
+"""In the folder that verl works in."""
+
 _FIELDS = ["uid", "responses", "reward_model", "extra_fields"]
 
 
@@ -39,12 +47,60 @@ class RunTrainer(PPOTrainerSync):  # type: ignore[misc]
     """verl's synchronous trainer."""
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
         self._folder = Path(config.trainer.default_local_dir).parent
+        self._machines = Machines(self._folder, get_platform().ray_resource_name())
+        if self._machines.staged:
+            self._stage(config)
+        super().__init__(config)
         self._run = read_run(self._folder.parent)
         self._group: int = config.actor_rollout_ref.rollout.n
         self._per_batch = self._run.config.steps_per_batch
         self._passes = self._run.config.training.passes_per_generation * self._run.config.training.iterations
+
+    def _stage(self, config: Any) -> None:
+        """Where machines have disks of their own: the model is brought to each, and checkpoints go by way of these."""
+        model = config.actor_rollout_ref.model
+        for key in ("path", "tokenizer_path"):
+            folder = model.get(key)
+            if folder and Path(folder).is_dir():  # else each machine takes it from the Hub
+                model[key] = str(self._machines.send(Path(folder), f"model/{key}"))
+        config.trainer.default_local_dir = str(self._machines.staging / CHECKPOINTS)
+
+    def _load_checkpoint(self) -> None:
+        if not self._machines.staged:
+            super()._load_checkpoint()
+            return
+        tracker = self._folder / CHECKPOINTS / TRACKER
+        if tracker.is_file():
+            name = f"{CHECKPOINTS}/global_step_{tracker.read_text(encoding='utf-8').strip()}"
+            self._machines.send(self._folder / name, name)
+            shutil.copy(tracker, self._machines.staging / CHECKPOINTS)
+        super()._load_checkpoint()
+        self._machines.clear(self._machines.staging / CHECKPOINTS)
+
+    def _save_checkpoint(self) -> None:
+        """As verl does; every machine's part of it is in the run folder before the step is noted there."""
+        super()._save_checkpoint()
+        if self._machines.staged:
+            name, folder = f"global_step_{self.global_steps}", self._folder / CHECKPOINTS
+            folder.mkdir(exist_ok=True)
+            self._machines.bring(f"{CHECKPOINTS}/{name}", folder / name)
+            with atomic_file(folder / TRACKER) as file:
+                file.write(str(self.global_steps))
+            self._drop_old(folder)
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        super().fit(agent_loop_manager)
+        if self._machines.staged:
+            self._machines.clear(self._machines.staging)
+
+    def _drop_old(self, folder: Path) -> None:
+        """verl does so in a folder that it keeps them in."""
+        keep = self.config.trainer.get("max_actor_ckpt_to_keep")
+        if keep:
+            steps = sorted(int(path.name.rpartition("_")[2]) for path in folder.glob("global_step_*"))
+            for step in steps[:-keep]:
+                shutil.rmtree(folder / f"global_step_{step}", ignore_errors=True)
 
     def on_train_begin(self) -> None:
         super().on_train_begin()
