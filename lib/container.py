@@ -27,8 +27,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from lib import PROJECT_ROOT, WorkbenchError, places, provenance
-from lib.cost import ATTEMPT, CostError, Resources, beat, begin_attempt, load_prices, read_bill
-from lib.gpu import granted
+from lib.cost import ATTEMPT, CostError, Resources, beat, begin_attempt, load_prices, on_machines, read_bill
+from lib.gang import Gang, GangError, Head, find_gang, join, lead
+from lib.gpu import NONE, granted, parse_gpu
 from lib.ledger import NAME as LEDGER
 from lib.ledger import Ledger, LedgerError
 from lib.log import ScrubbedStream, name_secrets, scrub
@@ -101,6 +102,10 @@ class Job(BaseModel):
     """The app of the classes that a distributed training runs in; "" = none."""
     part: str = ""
     """What to check instead of running the notebook: `rollout`, `sync`, ..."""
+    nodes: int = 1
+    """Containers that are started together: the first runs the notebook on a Ray cluster of all."""
+    token: str = ""
+    """What lets a process into that cluster."""
 
     def command(self) -> list[str]:
         """What `python -m lib.run` is asked for; -p and its values follow."""
@@ -111,9 +116,18 @@ def run_notebook(job: dict[str, Any]) -> dict[str, Any]:
     """Run a job to its end: {run, call, status (as `python -m lib.run`), usd, message}.
 
     May be started again on the same job (preempted, out of time, crashed): the run goes on from its last checkpoint.
-    Raises AttemptTimeUp shortly before the attempt's timeout.
+    Raises AttemptTimeUp shortly before the attempt's timeout. On several machines this is the first one's work: the
+    others lend it theirs, touch no run, and return {}, which Modal drops.
     """
-    return _Attempt(Job.model_validate(job)).run()
+    checked = Job.model_validate(job)
+    gang = find_gang(checked.nodes, checked.token)
+    return _lend(gang) if gang and gang.rank else _Attempt(checked, gang).run()
+
+
+def _lend(gang: Gang) -> dict[str, Any]:
+    name_secrets(foreign_variables())
+    join(gang)
+    return {}
 
 
 def tick() -> dict[str, Any]:
@@ -121,6 +135,9 @@ def tick() -> dict[str, Any]:
     import modal
 
     entry = json.loads(os.environ["WORKBENCH_TICK"])
+    gang = find_gang(entry["job"]["nodes"], entry["job"]["token"])
+    if gang and gang.rank:
+        return _lend(gang)
     # The same tick started again (preempted, say) goes on with the run that it began.
     note = OUTPUTS / ".ticks" / f"{modal.current_function_call_id()}.txt"
     if not note.is_file():
@@ -183,10 +200,11 @@ def commit(mount: str = "/outputs") -> None:
 class _Attempt:
     """One container's work on a job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, gang: Gang | None) -> None:
         import modal
 
-        self.job = job
+        self.job, self.gang = job, gang
+        self.head: Head | None = None
         self.call = str(modal.current_function_call_id())
         self.name = os.environ["MODAL_TASK_ID"]
         self.folder = OUTPUTS / job.run
@@ -215,16 +233,18 @@ class _Attempt:
         try:
             self._begin()
             self._restore_ledger()
-            status = self._work()
-        except LedgerError as error:
-            return self._result(2, str(error))
+            with lead(self.gang) as self.head:
+                status = self._work()
+        except (GangError, LedgerError) as error:
+            return self._result(1 if isinstance(error, GangError) else 2, str(error))
         finally:
             self._leave()
         return self._result(status, "" if status == 0 else "\n".join(self.tail[-8:]))
 
     def _begin(self) -> None:
-        resources = Resources(gpu=self._gpu(), cpu=self.job.cpu, memory_gb=self.job.memory, where="modal")
-        begin_attempt(self.folder, self.name, resources, load_prices(places.locate(self.job.prices)))
+        one = Resources(gpu=self._gpu(), cpu=self.job.cpu, memory_gb=self.job.memory, where="modal")
+        prices = load_prices(places.locate(self.job.prices))
+        begin_attempt(self.folder, self.name, on_machines(one, self.job.nodes), prices)
 
     def _work(self) -> int:
         following = threading.Thread(target=self._follow, daemon=True)
@@ -249,6 +269,8 @@ class _Attempt:
                     f"this attempt used its {self.job.seconds / 3600:.3g} hours (modal.timeout); the next one goes on "
                     f"from the last checkpoint, as often as modal.retries says"
                 )
+            if self.head:
+                self.head.check()
             time.sleep(0.2)
         return process.returncode
 
@@ -256,7 +278,7 @@ class _Attempt:
     def _start(self) -> subprocess.Popen[str]:
         where = [f"paths.outputs={OUTPUTS}", f"paths.cache={CACHE}", "where=here"]
         command = [sys.executable, "-m", "lib.run", *self.job.command()]
-        for parameter in (*self.job.parameters, *where):
+        for parameter in (*self.job.parameters, *where, *self._cluster()):
             command += ["-p", parameter]
         process = subprocess.Popen(
             command,
@@ -271,6 +293,10 @@ class _Attempt:
         threading.Thread(target=self._show, args=(process,), daemon=True).start()
         return process
 
+    def _cluster(self) -> list[str]:
+        gpu = parse_gpu(self._gpu() or NONE)
+        return [f"verl.ray_address={self.head.address}", f"verl.gpus={gpu.number}"] if self.head and gpu else []
+
     def _environment(self) -> dict[str, str]:
         code = Path("/tmp/workbench-code.json")
         code.write_text(json.dumps(self.job.code), encoding="utf-8")
@@ -283,6 +309,7 @@ class _Attempt:
             ATTEMPT: self.name,
             places.ROLES: self.job.roles,
             "PYTHONUNBUFFERED": "1",
+            **(self.gang.environment if self.gang else {}),
         }
 
     def _show(self, process: subprocess.Popen[str]) -> None:
@@ -407,7 +434,7 @@ class _Attempt:
 def foreign_variables() -> set[str]:
     """The environment variables that neither the image, nor Modal, nor the system brought: what secrets set."""
     ours = re.compile(
-        r"(MODAL|WORKBENCH|PYTHON|NVIDIA|NV|CUDA|LD|LC|UV|PIP|HF|VLLM|TORCH|TORCHINDUCTOR|TRITON|FLASHINFER|SSL)_\w+"
+        r"(MODAL|WORKBENCH|PYTHON|NVIDIA|NV|NCCL|CUDA|LD|LC|UV|PIP|HF|VLLM|TORCH|TORCHINDUCTOR|TRITON|FLASHINFER|SSL)_\w+"
         r"|NV\w+|PATH|HOME|LANG|PWD|OLDPWD|SHLVL|TERM|HOSTNAME|USER|TZ|TMPDIR|LIBRARY_PATH|DEBIAN_FRONTEND|_"
         r"|EXPERIMENTER|EXPERIMENT_NAME|PYTHON\w+|GOMP_\w+|TRL_\w+|TOKENIZERS_\w+|DO_NOT_TRACK|LOCAL_KERNELS"
     )

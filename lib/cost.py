@@ -142,7 +142,12 @@ class Resources(_Frozen):
     """GiB."""
     where: Literal["here", "modal"]
     beside: tuple[Resources, ...] = ()
-    """Others that run as long: the roles of a distributed training."""
+    """Others that run as long: the roles of a distributed training, the other machines of a cluster."""
+
+
+def on_machines(one: Resources, count: int) -> Resources:
+    """What `count` machines of the same kind come to, the first of which keeps the meter."""
+    return one.model_copy(update={"beside": (one,) * (count - 1)})
 
 
 def rates(resources: Resources, prices: Prices) -> dict[str, float]:

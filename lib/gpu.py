@@ -28,6 +28,13 @@ MOST = {
 }
 """GPU name -> the most that one container can have. A100 means A100-40GB."""
 
+RDMA = frozenset({"H100", "H200", "B200"})
+"""Those whose hosts Modal can connect by RDMA, at 3,200 Gbps in place of 50
+(modal.com/docs/guide/multi-node-clusters)."""
+
+MOST_HOSTS = 32
+"""The most that one cluster can have. Its containers take whole hosts: MOST of a GPU."""
+
 NONE = "none"
 """A container without a GPU."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lib.config import Config
 from lib.container import Job
-from lib.cost import Resources, load_prices
+from lib.cost import load_prices
 from lib.experiment import Experiment
 from lib.places import locate
 from lib.quote import Quote, make_quote, read_trace
@@ -27,6 +27,7 @@ from lib.remote import (
     TRAINS,
     Plan,
     RemoteError,
+    container_resources,
     entries,
     gone,
     make_plan,
@@ -104,6 +105,8 @@ def make_sweep(
         plan = make_plan(experiment, notebook, config, [*texts, *values, f"run_name={name}"])
         jobs.append(plan.job)
         shipped, secrets = shipped | plan.shipped, secrets | plan.secrets
+    if any(job.nodes != base.job.nodes for job in jobs):
+        raise UsageError("--grid: a sweep has one kind of container: give verl.nodes and backend for all, after -p")
     members = [job.run for job in jobs]
     if len(set(members)) < len(members):
         raise UsageError("--grid: two combinations are the same run; name every value once")
@@ -149,8 +152,9 @@ def _values(text: str, written: str) -> list[str]:
     return values
 
 
-def sweep(function: Any, jobs: Sequence[Job]) -> int:
-    """Run the members side by side, then compare those that finished; the worst status."""
+def sweep(function: Any, jobs: Sequence[Job], comparing: Any) -> int:
+    """Run the members side by side, then compare those that finished (`comparing`: the function that does);
+    the worst status."""
     *members, compare = jobs
     calls = [function.spawn(job.model_dump(mode="json")) for job in members]
     for job, call in zip(members, calls, strict=True):
@@ -159,7 +163,7 @@ def sweep(function: Any, jobs: Sequence[Job]) -> int:
     if status:
         say("not compared: some runs did not finish. The same command goes on where they are")
         return status
-    return run(function, compare)
+    return run(comparing, compare)
 
 
 def leave_sweep(function: Any, jobs: Sequence[Job], app: str) -> int:
@@ -218,7 +222,7 @@ def fetch(experiment: Experiment, name: str, to: str) -> int:
 def make_check(experiment: Experiment, part: str, config: str, texts: Sequence[str]) -> Plan:
     """One part of a distributed training, tried in a run of its own (`NAME.check`)."""
     plan = make_plan(experiment, TRAINS, config, texts)
-    return plan._replace(job=plan.job.model_copy(update={"part": part, "run": f"{plan.job.run}.check"}))
+    return plan._replace(job=plan.job.model_copy(update={"part": part, "run": f"{plan.job.run}.check", "nodes": 1}))
 
 
 def make_probe(experiment: Experiment, config: str, texts: Sequence[str], steps: int) -> Plan:
@@ -238,14 +242,9 @@ def quote(experiment: Experiment, config_path: str, texts: Sequence[str], run_na
         folder = _measured(experiment, name, Path(temporary) / name)
         trace = read_trace(folder)
         steps = _steps(config, folder)
-        wanted = config.modal
-        beside = (
-            role_resources(config) if config.backend == "distributed" and config.distributed.hosts != "local" else []
-        )
-        resources = [
-            Resources(gpu=gpu, cpu=wanted.cpu, memory_gb=wanted.memory, where="modal", beside=tuple(beside))
-            for gpu in (() if beside else wanted.gpus) or (None,)
-        ]
+        resources = container_resources(config)
+        if config.backend == "distributed" and config.distributed.hosts != "local":
+            resources = [resources[0].model_copy(update={"gpu": None, "beside": tuple(role_resources(config))})]
         prices = load_prices(locate(config.cost.prices))
         result = make_quote(trace, steps, resources, prices, interruptions_per_day=INTERRUPTIONS_PER_DAY)
         notes = [*result.notes, *_other_settings(config, folder)]
@@ -305,6 +304,7 @@ def _other_settings(config: Config, folder: Path) -> list[str]:
     there = json.loads(path.read_text()) if path.is_file() else {}
     here = config.as_json()
     keys = {"model": ("name",), "sampling": ("engine", "completion_limit"), "lora": ("enabled", "r")}
+    keys["verl"] = ("nodes",)
     keys["training"] = ("batch", "accumulation", "group_size", "iterations", "steps_per_generation", "beta")
     return [
         f"the measured run had {section}.{key} {there[section].get(key)!r}, this one {here[section][key]!r}"

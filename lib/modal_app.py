@@ -20,7 +20,7 @@ import modal
 from lib import PROJECT_ROOT, WorkbenchError, container, launch, remote
 from lib.command import Command, read_command, settings
 from lib.experiment import PROJECT, Experiment, read_experiment
-from lib.gpu import NONE
+from lib.gpu import NONE, RDMA, parse_gpu
 from lib.modal_serve import define_deployment
 from lib.run import check as check_order
 
@@ -50,10 +50,13 @@ CACHES = {
 
 # definitions ----------------------------------------------------------------------------------------------------------
 def gpu_image(
-    experiment: Experiment, packages: Sequence[str], shipped: Mapping[str, Path], verl: bool = False
+    experiment: Experiment, packages: Sequence[str], shipped: Mapping[str, Path], verl: bool = False, rdma: bool = False
 ) -> modal.Image:
-    """The project's CUDA lock, the config's own packages, and the code; `verl`: also verl's environment beside them."""
+    """The project's CUDA lock, the config's own packages, and the code; `verl`: also verl's environment beside them;
+    `rdma`: what NCCL needs for it (libibverbs.so.1 and libmlx5.so.1)."""
     image = modal.Image.from_registry(CUDA, add_python=PYTHON).entrypoint([])
+    if rdma:
+        image = image.apt_install("libibverbs1", "ibverbs-providers")
     image = image.uv_pip_install(
         requirements=[str(PROJECT_ROOT / "requirements" / "cuda.lock")],
         extra_options="--no-deps",
@@ -85,10 +88,13 @@ def small_image(experiment: Experiment) -> modal.Image:
 
 def define(app: modal.App, experiment: Experiment, body: Callable[..., Any], plan: remote.Plan, **more: Any) -> Any:
     """A function of the app that runs a plan's jobs, with what its config asks for."""
-    wanted = plan.config.modal
+    wanted, nodes = plan.config.modal, plan.job.nodes
     gpus = list(plan.job.gpus)
+    # Without RDMA the machines wait for their network; for a GPU that has none Modal would find no place.
+    rdma = nodes > 1 and all(gpu.name in RDMA for text in gpus if (gpu := parse_gpu(text)))
+    run: Any = modal.clustered(size=nodes, rdma=rdma)(body) if nodes > 1 else body
     return app.function(
-        image=gpu_image(experiment, wanted.packages, plan.shipped, plan.config.backend == "verl"),
+        image=gpu_image(experiment, wanted.packages, plan.shipped, plan.config.backend == "verl", rdma),
         gpu=gpus if len(gpus) > 1 else gpus[0] if gpus else None,
         cpu=wanted.cpu,
         memory=round(wanted.memory * 1024),
@@ -99,7 +105,7 @@ def define(app: modal.App, experiment: Experiment, body: Callable[..., Any], pla
         single_use_containers=True,  # a container mounts the newest commit, and never has files open from before
         include_source=False,
         **more,
-    )(body)
+    )(run)
 
 
 def define_roles(experiment: Experiment, plan: remote.Plan) -> modal.App:
@@ -171,6 +177,8 @@ class Defined(NamedTuple):
     home: modal.App | None = None
     """The app that holds the function: the same one, but for a detached sweep, which is deployed."""
     function: Any = None
+    comparing: Any = None
+    """The function of a sweep's last job: another one where its members take several containers each."""
     jobs: tuple[container.Job, ...] = ()
     roles: modal.App | None = None
     """The app of a distributed training's roles."""
@@ -217,8 +225,10 @@ def _with_jobs(
     if roles:
         plan = remote.with_roles(plan, str(roles.name))
         jobs = [remote.with_roles(plan._replace(job=job), str(roles.name)).job for job in jobs]
-    function = define(home, experiment, container.run_notebook, plan, name="notebook")
-    return Defined(app, experiment, home, function, tuple(jobs), roles)
+    function = comparing = define(home, experiment, container.run_notebook, plan, name="notebook")
+    if jobs[-1].nodes != plan.job.nodes and home is app:
+        comparing = define(home, experiment, container.run_notebook, plan._replace(job=jobs[-1]), name="compare")
+    return Defined(app, experiment, home, function, comparing, tuple(jobs), roles)
 
 
 def _verifier(app: modal.App, experiment: Experiment) -> Any:
@@ -291,7 +301,7 @@ def sweep(experiment: Experiment, options: argparse.Namespace) -> int:
             DEFINED.roles.deploy()
         return launch.leave_sweep(DEFINED.function, DEFINED.jobs, DEFINED.home.name or "")
     with launch.deployed(DEFINED.roles, COMMAND.detach):
-        return launch.sweep(DEFINED.function, DEFINED.jobs)
+        return launch.sweep(DEFINED.function, DEFINED.jobs, DEFINED.comparing)
 
 
 @_entry

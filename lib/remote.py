@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 from lib import PROJECT_ROOT, WorkbenchError, provenance
 from lib.config import Config
 from lib.container import CLAIMS, MANIFEST, FileFact, Job, busy, live_writer, parse_manifest
-from lib.cost import Prices, Resources, load_prices, rates
+from lib.cost import Prices, Resources, load_prices, on_machines, rates
 from lib.experiment import Experiment, ExperimentError, find_secrets, refuse_secrets
 from lib.gpu import NONE
 from lib.ledger import NAME as LEDGER
@@ -88,13 +89,15 @@ def make_plan(experiment: Experiment, notebook: str, config_path: str, texts: Se
     shipped, large, absent = _named_files(order.config, order.task, [config_path, *map(str, own)])
     _refuse_secrets(order.config, texts, shipped)
     _check_prices(order.config)
-    if order.config.backend == "verl" and PurePosixPath(notebook).stem not in WITHOUT_ROLES:
+    if order.config.backend == "verl" and PurePosixPath(notebook).stem not in (*WITHOUT_ROLES, EXPORTS):
+        _refuse_idle_machines(order.config, notebook)
         check_fit(order.config, of_the_container(order.config).size)
     with clear_modal_errors():
         secrets = find_secrets(order.config)
         files = _uploaded(experiment, large, absent)
         _refuse_busy(experiment, order.run)
     resources = order.config.modal
+    nodes = machines(order.config) if PurePosixPath(notebook).stem == TRAINS else 1
     job = Job(
         notebook=notebook if notebook == "all" else travel_name(next(iter(order.parameters))),
         config=travel_name(config_path),
@@ -108,6 +111,8 @@ def make_plan(experiment: Experiment, notebook: str, config_path: str, texts: Se
         lock=lock_hash(),
         code=provenance.code(),
         files=files,
+        nodes=nodes,
+        token=token_hex(32) if nodes > 1 else "",
     )
     if "wandb-secret" not in secrets and order.config.tracker.name == "wandb":
         logger.warning("there is no wandb-secret: the run goes on without W&B")
@@ -125,6 +130,22 @@ TRAINS = "3_grpo_training"
 """The notebook that trains, and does nothing else that takes a GPU."""
 
 WITHOUT_ROLES = ("1_data_prep", "2_reward_inspection", "4_adapter_evaluation")
+
+EXPORTS = "5_export_and_serve"
+
+
+def machines(config: Config) -> int:
+    """How many containers a training takes that are started together and make one cluster."""
+    return config.verl.nodes if config.backend == "verl" else 1
+
+
+def _refuse_idle_machines(config: Config, notebook: str) -> None:
+    if machines(config) > 1 and PurePosixPath(notebook).stem != TRAINS:
+        raise RemoteError(
+            f"notebook {notebook} with verl.nodes {config.verl.nodes}: only {TRAINS} runs on several machines, and "
+            f"all of them would be paid for while the others run. Run that one by itself, and the others before and "
+            f"after it: each takes one container"
+        )
 
 
 def with_roles(plan: Plan, app: str) -> Plan:
@@ -272,8 +293,17 @@ def _check_prices(config: Config) -> None:
     prices = load_prices(locate(config.cost.prices))
     if config.backend == "distributed":
         role_resources(config, prices)
-    for gpu in config.modal.gpus or (None,):
-        rates(Resources(gpu=gpu, cpu=config.modal.cpu, memory_gb=config.modal.memory, where="modal"), prices)
+    for each in container_resources(config):
+        rates(each, prices)
+
+
+def container_resources(config: Config) -> list[Resources]:
+    """What a training takes on Modal, its roles apart: one choice for every GPU that it may get."""
+    wanted = config.modal
+    return [
+        on_machines(Resources(gpu=gpu, cpu=wanted.cpu, memory_gb=wanted.memory, where="modal"), machines(config))
+        for gpu in wanted.gpus or (None,)
+    ]
 
 
 def role_resources(config: Config, prices: Prices | None = None) -> list[Resources]:

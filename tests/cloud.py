@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from machine_stand_in import write as write_machine
+
 from lib import PROJECT_ROOT
 
 MODAL = [sys.executable, "-m", "modal"]
@@ -118,6 +120,7 @@ def cloud_of(shared: Path, folder: Path) -> Iterator[Cloud]:
         _mend_commit(server.core, module)
         _mend_waiting(server.core)
         _show_cores(server.core)
+        _run_clusters(server.core, module, folder / "hosts")
         yield Cloud(project, server)
 
 
@@ -171,6 +174,64 @@ def _show_cores(core: Any) -> None:
         return words, cwd
 
     core.command = with_sys
+
+
+def _run_clusters(core: Any, module: Any, hosts: Path) -> None:
+    """The stand-in notes clusters, and runs one container for a call of theirs: here one for each machine.
+
+    Each has an address of loopback of its own, and instead of verl's interpreter the program of machine_stand_in.py, in
+    the manner of `core.manner`. As with Modal all get the call's input, and the first one's result is the call's.
+    """
+    hosts.write_text("127.0.0.1 localhost\n::1 i6pn.modal.local\n")
+    core.manner = ""
+    add, get_inputs, command, proto = core._add, core.FunctionGetInputs, core.command, module.P
+    clusters: dict[str, list[list[str]]] = {}
+    copies: dict[str, int] = {}
+
+    def size(function: str) -> int:
+        return int(core.fdef(function)._experimental_group_size)
+
+    async def for_each(call: str, item: Any) -> Any:
+        added = await add(call, item)
+        for rank in range(1, size(core.calls[call]["fid"])):
+            dropped = core.new("calls", "fc")
+            core.calls[dropped] = core.calls[call] | {"outputs": [], "inputs": [], "n": 0}
+            copy = (await add(dropped, item)).input_id
+            copies[copy], core.inputs[copy]["retry"] = rank, 10**6  # not again by itself, when its app is stopped
+        return added
+
+    async def hello(request: Any) -> Any:
+        function = core.tasks[request.task_id].fid
+        count, known = size(function), clusters.setdefault(function, [[]])
+        if len(known[-1]) == count:
+            known.append([])
+        mine = known[-1]
+        mine.append(request.task_id)
+        await core.wait_for(lambda: len(mine) == count, 60)
+        core.tasks[request.task_id].rank = rank = mine.index(request.task_id)
+        addresses = [f"127.0.0.{31 + number}" for number in range(count)]
+        return proto.TaskClusterHelloResponse(
+            cluster_id="cu-1", cluster_rank=rank, container_ips=["::1"] * count, container_ipv4_ips=addresses
+        )
+
+    async def its_own(request: Any) -> Any:
+        task = core.tasks[module.TASK.get()]
+        waiting = core.pending[task.fid]
+        if size(task.fid):
+            rank = task.rank
+            await core.wait_for(lambda: any(copies.get(one, 0) == rank for one in waiting), 5)
+            waiting.sort(key=lambda one: copies.get(one, 0) != rank)
+        return await get_inputs(request)
+
+    def with_hosts(task: str, root: Path, *others: Any, **named: Any) -> Any:
+        words, cwd = command(task, root, *others, **named)
+        function = core.tasks[task].fid
+        if function and size(function):
+            words[words.index("--proc") : words.index("--proc")] = ["--ro-bind", str(hosts), "/etc/hosts"]
+            write_machine(root / "root" / "build" / "verl" / "bin" / "python", core.manner)
+        return words, cwd
+
+    core._add, core.TaskClusterHello, core.FunctionGetInputs, core.command = for_each, hello, its_own, with_hosts
 
 
 def _load(path: Path) -> Any:

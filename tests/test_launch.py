@@ -24,6 +24,7 @@ from lib.remote import (
     _check_uploaded,
     _named_files,
     _refuse_secrets,
+    container_resources,
     is_private,
     make_plan,
     named,
@@ -35,6 +36,7 @@ from lib.task import load_task
 
 EXPERIMENT = Experiment("nobody", "nothing")
 SMOKE = "configs/smoke/decisions.yaml"
+VERL = "configs/smoke/verl.yaml"
 TABLE = "prompt,q_action_0,q_action_1\nwhich?,0.1,0.9\nor?,0.9,0.1\n"
 
 
@@ -213,6 +215,8 @@ def test_a_secret_in_the_config_file_is_refused(alone: pytest.MonkeyPatch, tmp_p
         ("3_grpo_training", SMOKE, ["modal.packages=[numpy]"], "not pinned: numpy"),
         ("3_grpo_training", SMOKE, ["trainig.steps=2"], "unknown parameter"),
         ("3_grpo_training", SMOKE, ["training.steps"], "write NAME=VALUE"),
+        ("3_grpo_training", VERL, ["verl.nodes=2", "modal.gpu=H100:2"], "Set modal.gpu to H100:8, or verl.nodes to 1"),
+        ("all", VERL, ["verl.nodes=2", "modal.gpu=H100:8"], "only 3_grpo_training runs on several machines"),
     ],
 )
 def test_bad_input_is_refused(
@@ -354,6 +358,14 @@ def test_what_changes_a_steps_time_is_noted(tmp_path: Path) -> None:
     notes = _other_settings(other, folder)
     assert len(notes) == 2 and any("training.batch 16, this one 32" in note for note in notes)
     assert _other_settings(load_config(SMOKE), folder) == []
+
+
+def test_a_quote_counts_every_machine_and_notes_that_others_were_measured(tmp_path: Path) -> None:
+    one, two = (load_config(VERL, {"modal.gpu": ["H100:8", "A100:8"], "verl.nodes": nodes}) for nodes in (1, 2))
+    trace = read_trace(measured(tmp_path, one, 20))
+    quotes = [make_quote(trace, 100, container_resources(config), load_prices()) for config in (one, two)]
+    assert quotes[1].usd == pytest.approx(2 * quotes[0].usd) and quotes[1].hours == quotes[0].hours
+    assert _other_settings(two, tmp_path) == ["the measured run had verl.nodes 1, this one 2"]
 
 
 def test_a_table_has_every_role_the_total_and_what_the_budget_says(tmp_path: Path) -> None:

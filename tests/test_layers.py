@@ -46,7 +46,7 @@ ORDER = """
     backends
     export   executed   check
     serving
-    run
+    run   gang
     container   experiment   command   modal_call
     remote
     schedule   launch   follow   modal_roles   modal_hosts
@@ -94,6 +94,7 @@ FORBIDDEN = {
     "speaker": ["tasks", "trainer", "backends", "evaluate", "serving"],
     "transformers_server": ["tasks", "trainer", "backends", "evaluate", "runfolder"],
     "modal_serve": ["tasks", "trainer", "backends", "evaluate", "modal_app"],
+    "gang": ["tasks", "trainer", "backends", "config", "runfolder", "container"],
     "backends": ["tasks", "run", "show"],
     "export": ["trainer", "backends", "tasks"],
     "tasks": ["config", "runfolder", "models", "rollout", "backends", "trainer", "run"],

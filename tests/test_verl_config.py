@@ -384,11 +384,19 @@ def test_a_container_has_the_gpus_that_it_asks_for() -> None:
         ("none", {}, "verl needs GPUs"),
         (["H100:2", "A100-80GB:4"], {}, "one number of GPUs"),
         ("H100:2", {"verl.gpus": 4}, "leave verl.gpus out"),
-        ("H100:8", {"verl.nodes": 2}, r"verl\.nodes 2 on Modal: .*H100:8.*verl\.ray_address"),
+        ("none", {"verl.nodes": 2}, r"verl\.nodes 2 on Modal, and modal\.gpu is none: .* H100:8, or verl\.nodes to 1"),
+        ("none", {"verl.nodes": 2, "verl.gpus": 2}, r"and modal\.gpu is none"),
+        ("H100:2", {"verl.nodes": 2}, r"modal\.gpu H100:2: .* all GPUs of their hosts\. Set modal\.gpu to H100:8,"),
+        (["H200:8", "A10"], {"verl.nodes": 2}, r"modal\.gpu A10: .*Set modal\.gpu to A10:4, .*up to 4 of them"),
+        (["H200:8", "A10:4"], {"verl.nodes": 2}, "one number of GPUs"),
+        ("H100:8", {"verl.nodes": 33}, "at most 32 machines"),
+        ("H100:8", {"verl.nodes": 2, "verl.ray_address": "a:6379"}, r"Leave verl\.ray_address out, or .* where: here"),
     ):
         with pytest.raises(VerlError, match=reason):
             of_the_container(load_config(ACE, {"modal.gpu": gpu, **more}))
     assert of_the_container(load_config(ACE, {"modal.gpu": "none", "verl.gpus": 1})) == Cluster(1, cpu=True)
+    several = load_config(ACE, {"modal.gpu": ["H100:8", "A100-80GB:8"], "verl.nodes": 2, "where": "modal"})
+    assert of_the_container(several) == cluster_of(several, seen=0) == Cluster(8, nodes=2)
 
 
 def test_a_model_that_verl_cannot_hold_is_refused(tmp_path: Path) -> None:

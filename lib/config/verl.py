@@ -24,7 +24,8 @@ class VerlSection(Section):
     """GPUs of one node; None = those that are here, or those that `modal.gpu` asks for where training is sent there.
     Where there are none, so many processes on the processor: slow, for tests."""
     nodes: Count = 1
-    """Machines with so many GPUs each; more than one needs `ray_address`, and a disk that they share."""
+    """Machines with so many GPUs each: of the cluster at `ray_address`, or containers of Modal, where training is sent
+    there: they make a cluster of their own."""
     tensor_parallel: Count = 1
     """GPUs that one vLLM engine spreads a model over."""
     ray_address: str = ""

@@ -12,11 +12,12 @@ import re
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.config import Config
-from lib.gpu import parse_gpu
+from lib.gpu import MOST, MOST_HOSTS, Gpu, parse_gpu
 from lib.provenance import gpus
 from lib.verl.errors import VerlError
 
@@ -83,17 +84,12 @@ def cluster_of(config: Config, seen: int | None = None) -> Cluster:
 
 
 def of_the_container(config: Config) -> Cluster:
-    """The machines of a training that is sent to Modal, by `modal.gpu`. Raises VerlError."""
-    requests = [parse_gpu(text) for text in config.modal.gpus]
-    counts = sorted({request.number for request in requests if request})
+    """The machines of a training that is sent to Modal, by `modal.gpu` and `verl.nodes`. Raises VerlError."""
+    requests = [request for text in config.modal.gpus if (request := parse_gpu(text))]
+    counts = sorted({request.number for request in requests})
     asked, wanted = " or ".join(config.modal.gpus), config.verl.gpus
     if config.verl.nodes > 1:
-        raise VerlError(
-            f"verl.nodes {config.verl.nodes} on Modal: every machine writes its part of a checkpoint, and containers "
-            f"see each other's files on a volume only when they start: one container trains, with up to 8 GPUs "
-            f"(modal.gpu: H100:8). For more, give the address of a Ray cluster whose machines share a disk "
-            f"(verl.ray_address), with where: here"
-        )
+        _check_hosts(config, requests)
     if not counts and wanted:
         return Cluster(wanted, cpu=True)
     if not counts:
@@ -102,7 +98,32 @@ def of_the_container(config: Config) -> Cluster:
         raise VerlError(f"modal.gpu {asked}: verl trains on one number of GPUs, whatever they are called")
     if wanted and wanted != counts[0]:
         raise VerlError(f"verl.gpus {wanted}, and modal.gpu {asked} has {counts[0]}: leave verl.gpus out")
-    return Cluster(counts[0])
+    return Cluster(counts[0], config.verl.nodes)
+
+
+def _check_hosts(config: Config, requests: Sequence[Gpu]) -> None:
+    """Raises VerlError where Modal has no cluster of such containers (modal.com/docs/guide/multi-node-clusters)."""
+    nodes = f"verl.nodes {config.verl.nodes} on Modal"
+    whole = "Modal makes clusters of containers that have all GPUs of their hosts"
+    if config.verl.ray_address:
+        raise VerlError(
+            f"{nodes}, and verl.ray_address {config.verl.ray_address}: the containers make a Ray cluster of their own. "
+            f"Leave verl.ray_address out, or train on that cluster, from one of its machines, with where: here"
+        )
+    if config.verl.nodes > MOST_HOSTS:
+        raise VerlError(f"{nodes}: one cluster has at most {MOST_HOSTS} machines there. Set verl.nodes to that or less")
+    if not requests:
+        raise VerlError(
+            f"{nodes}, and modal.gpu is none: {whole}, and none without a GPU. Set modal.gpu, e.g. to H100:8, or "
+            f"verl.nodes to 1"
+        )
+    parts = [request for request in requests if request.number < MOST[request.name]]
+    if parts:
+        wholes = " or ".join(str(Gpu(part.name, MOST[part.name])) for part in parts)
+        raise VerlError(
+            f"{nodes}, and modal.gpu {' or '.join(map(str, parts))}: {whole}. Set modal.gpu to {wholes}, or verl.nodes "
+            f"to 1: one container has up to {max(MOST[part.name] for part in parts)} of them"
+        )
 
 
 # Ray ------------------------------------------------------------------------------------------------------------------
