@@ -376,7 +376,7 @@ def test_through_verls_reward_loop_on_ray_and_its_queue_what_is_left_out_stays_s
 def test_an_engine_that_does_not_answer_leaves_one_rollout_unscored_and_not_its_group(
     verl_python: str, tmp_path: Path, tokenizer: str
 ) -> None:
-    config = load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path)})
+    config = load_config("configs/smoke/decisions.yaml", {"paths.outputs": str(tmp_path), "task.on_invalid": "zero"})
     run = open_run("engine", config)
     order = write_order(run, tmp_path)
     row = tmp_path / "row.json"

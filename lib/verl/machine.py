@@ -25,8 +25,8 @@ _PATIENCE = 600.0
 _POLL, _TIMEOUT = 1.0, 3.0
 _LOST = 3
 """Times in a row that a head does not answer before it is gone."""
-_GRACE = 20.0
-"""Seconds for Ray to end by itself."""
+_GRACE = 5.0
+"""Seconds for Ray to end by itself: it drains for up to 30, and there is nothing left to drain."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
