@@ -482,7 +482,7 @@ def test_a_published_version_says_what_its_canaries_say(folder: Path, whole: Who
     for version, batch in enumerate(batches[:2], start=1):
         actor.train_step(batch)
         release, canary = Release(**actor.publish(version, "reload")), Canary(**actor.canary(version))
-        assert release == (
+        assert release[:4] == (
             version,
             version,
             "reload",

@@ -1,4 +1,4 @@
-"""verl over two machines that share no disk: `make test-verl-nodes`, about 9 minutes on two cores."""
+"""verl over two machines that share no disk: `make test-verl-nodes`, about 15 minutes on two cores."""
 
 from __future__ import annotations
 
