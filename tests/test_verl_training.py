@@ -21,7 +21,8 @@ from lib.runfolder import read_run
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, verl_python: str) -> Work:
     """Stopped in its first step, and gone on with to its end."""
-    made = Work(tmp_path_factory.mktemp("verl"), verl_python)
+    another = {"RAY_ADDRESS": "127.0.0.1:9"}  # of a cluster that was here once: this run has a Ray of its own
+    made = Work(tmp_path_factory.mktemp("verl"), verl_python, another)
     made.do("1_data_prep")
     process = made.stop_in_its_first_step()
     below = family(process.pid)

@@ -6,6 +6,7 @@ Both are on this machine; the second one's are put over the first one's by bubbl
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -39,7 +40,8 @@ def two_machines(python: str, above: Path) -> Iterator[Pair]:
     for one in (folder, disk):
         (one / "tmp").mkdir(parents=True)
     given = {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    given["RAY_TMPDIR"] = tempfile.gettempdir()  # a socket has 107 letters for its path
+    places = tempfile.mkdtemp(prefix="ray-")  # a socket has 107 letters for its path
+    given["RAY_TMPDIR"] = places
     given |= {"PYTHONPATH": str(PROJECT_ROOT), "TMPDIR": str(folder / "tmp")}
     given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token_hex(32)}
     address = f"127.0.0.1:{free_port()}"
@@ -58,6 +60,7 @@ def two_machines(python: str, above: Path) -> Iterator[Pair]:
             if process.poll() is None:
                 process.terminate()
                 process.wait(60)
+        shutil.rmtree(places, ignore_errors=True)
 
 
 def started(command: list[str], given: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -73,6 +73,8 @@ def train(overrides: list[str]) -> None:
             OmegaConf.update(config, key, os.environ[name], force_add=True)
     address = config.ray_kwargs.ray_init.get("address")
     if not address:
+        # Without a word Ray takes a cluster that it finds on this machine, even one that is long gone.
+        OmegaConf.update(config, "ray_kwargs.ray_init.address", "local", force_add=True)
         local_ray.fix_ports()
     if not address or address.startswith(f"{local_ray.LOOPBACK}:"):
         local_ray.stay_here()
