@@ -52,7 +52,7 @@ test-ollama-template: setup ## Ollama templates of real models, and 20,000 rando
 test-verl: setup verifiers verl ## configs, parquet, reward and estimator against verl itself (build/verl)
 	@$(python) -m pytest -q $(wildcard tests/test_verl_*.py) $(ARGS)
 
-test-verl-nodes: setup verl ## verl over two machines with disks of their own (about 15 minutes)
+test-verl-nodes: setup verl ## verl over two machines with disks of their own (about 10 minutes)
 	@$(python) -m pytest -q tests/verl_nodes_proof.py $(ARGS)
 
 verifiers: setup ## a small environment of the verifiers package in build/, for configs/gsm8k.yaml and the tests

@@ -35,12 +35,14 @@ def found(pair: Pair, verl_python: str) -> dict[str, Any]:
         command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    *said, last = done.stdout.splitlines()
+    answer: dict[str, Any] = json.loads(last)
+    return answer | {"said": said}
 
 
 def test_a_machine_that_does_not_see_the_run_folder_is_known(found: dict[str, Any]) -> None:
     assert found["staged"] and found["apart"] == 1
+    assert "1 of 1 other machines have disks of their own: files go through Ray" in found["said"]
 
 
 def test_folders_go_to_it_and_come_back_whole_with_its_own_part(found: dict[str, Any]) -> None:

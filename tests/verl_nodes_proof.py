@@ -1,9 +1,8 @@
-"""verl over two machines that share no disk: `make test-verl-nodes`, about 15 minutes on two cores."""
+"""verl over two machines that share no disk: `make test-verl-nodes`, about 10 minutes on two cores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -39,7 +38,7 @@ def test_two_machines_train_and_go_on_although_they_share_no_disk(trained: Train
     assert len(run.rollouts()) == 2 * run.config.training.batch
     assert any(record["grad_norm"] > 0 for record in run.metrics())
     assert "resuming from global_step_1" in work.said()
-    assert "1 of 1 machines have disks of their own" in (work.run / "verl" / "log.txt").read_text()
+    assert "1 of 1 other machines have disks of their own" in (work.run / "verl" / "log.txt").read_text()
 
 
 def test_every_machines_part_of_a_checkpoint_is_in_the_run_folder(trained: Trained) -> None:
@@ -60,15 +59,5 @@ def test_the_second_machine_never_had_the_run_folder_and_none_keeps_what_travell
 
 
 def test_notebook_4_takes_what_they_trained(trained: Trained) -> None:
-    trained.work.do("4_adapter_evaluation")
+    trained.work.do("4_adapter_evaluation", "verl.nodes=2", "verl.gpus=1")
     assert (trained.work.run / "evaluation").is_dir()
-
-
-def test_a_machine_that_is_lost_ends_the_training_with_the_reason(trained: Trained) -> None:
-    pair, folder = trained.pair, Path(trained.work.run)
-    more = (f"verl.ray_address={pair.address}", "verl.nodes=2", "verl.gpus=1", "training.steps=4")
-    pair.member.terminate()
-    assert pair.member.wait(60) == 0
-    assert trained.work.start("3_grpo_training", *more, f"run_name={folder.name}-lost").wait(SECONDS) != 0
-    assert "waiting for machines: 1 of 2" in (folder.with_name(f"{folder.name}-lost") / "verl" / "log.txt").read_text()
-    assert "verl.nodes is 2, and 1 machines with 1 GPUs were in the Ray cluster" in trained.work.said()

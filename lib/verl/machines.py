@@ -9,7 +9,6 @@ environment, in the process that drives the training. Must not know what the fil
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -24,8 +23,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.verl.errors import VerlError
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 64 * 2**20
 """Bytes that travel at a time."""
@@ -65,9 +62,7 @@ class Machines:
             _renew(str(self.staging))
             self.apart = _not_seeing(self.staging, others)  # two of them may be one machine
             ray.get([_on(node, _renew).remote(str(self.staging)) for node in self.apart])
-            logger.info(
-                "%d of %d other machines have disks of their own: files go through Ray", len(self.apart), len(others)
-            )
+            _say(f"{len(self.apart)} of {len(others)} other machines have disks of their own: files go through Ray")
 
     def send(self, source: Path, name: str) -> Path:
         """A folder of this machine to every other one, as `staging/name`; here a link stands for it. Raises VerlError
@@ -114,7 +109,7 @@ def wait_for(count: int, resource: str, each: int) -> None:
             )
         if time.monotonic() - said > _SAY:
             said = time.monotonic()
-            logger.warning("waiting for machines: %d of %d have joined", len(there), count)
+            _say(f"waiting for machines: {len(there)} of {count} have joined")
         time.sleep(0.5)
 
 
@@ -134,6 +129,11 @@ class Here:
     def remote(self, *arguments: Any) -> Any:
         place = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
         return ray.remote(num_cpus=1, scheduling_strategy=place)(self._plain).remote(*arguments)
+
+
+def _say(text: str) -> None:
+    """For verl's log, which the run keeps: Ray brings there what an actor prints, whatever verl makes of loggers."""
+    print(text, flush=True)
 
 
 # on the other machine -------------------------------------------------------------------------------------------------
