@@ -38,6 +38,7 @@ def test_two_machines_train_and_go_on_although_they_share_no_disk(trained: Train
     assert len(run.rollouts()) == 2 * run.config.training.batch
     assert any(record["grad_norm"] > 0 for record in run.metrics())
     assert "resuming from global_step_1" in work.said()
+    assert (work.run / "verl" / "verl_metrics.jsonl").is_file(), "verl's own log went elsewhere"
     assert "1 of 1 other machines have disks of their own" in (work.run / "verl" / "log.txt").read_text()
 
 
