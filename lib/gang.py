@@ -9,7 +9,6 @@ know jobs, run folders, or what is trained.
 from __future__ import annotations
 
 import logging
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from lib import WorkbenchError
 from lib.log import name_secrets
 from lib.program import POLL, NotUpError, Process, Program
 from lib.verl.environment import import_path, interpreter
+from lib.verl.machine import answers
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ _DEADLINE = 300.0
 """Seconds until the head answers. The others wait for it for longer than that."""
 _GRACE = 4.0
 """Seconds for Ray to end by itself: after a preemption there are 30 for all, and training gets the most of them."""
-_TIMEOUT = 1.0
 _TOKEN = "RAY_AUTH_TOKEN"
 
 
@@ -137,17 +136,9 @@ def _start(name: str, gang: Gang, *arguments: str) -> Process:
 def _wait_for(process: Process, gang: Gang) -> None:
     try:
         process.check_start()
-        while not _answers(gang.addresses[0]):
+        while not answers(gang.head):
             process.wait_on(f"an answer at {gang.head}")
             time.sleep(POLL)
             process.check_start()
     except NotUpError as error:
         raise GangError(process.report(str(error))) from None
-
-
-def _answers(host: str) -> bool:
-    try:
-        with socket.create_connection((host, PORT), timeout=_TIMEOUT):
-            return True
-    except OSError:
-        return False

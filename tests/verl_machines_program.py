@@ -50,9 +50,7 @@ def main(address: str, run: Path) -> dict[str, Any]:
         "apart": len(over.apart),
         "refused": refused,
         "there": there,
-        "brought": {
-            part.name: (run / "brought" / part.name).read_bytes().hex() for part in listing(str(run / "brought"))
-        },
+        "brought": {part.name: (brought / part.name).read_bytes().hex() for part in listing(str(brought))},
         "left": [part.name for part in left],
         "source": [part.name for part in listing(str(source))],
     }

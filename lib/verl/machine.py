@@ -49,23 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _until_asked(options: Sequence[str]) -> int:
-    return _end_with(_begin(options)) or 0
+    process, asked = _begin(options), _note_signals()
+    while process.poll() is None and not asked:
+        time.sleep(_POLL / 4)
+    status = _end(process)
+    return 0 if asked else status
 
 
 def _until_gone(head: str, patience: float, options: Sequence[str]) -> int:
     deadline = time.monotonic() + patience
-    while not _answers(head):
+    while not answers(head):
         if time.monotonic() > deadline:
             print(f"no Ray head answered at {head} within {patience:g} s", file=sys.stderr)
             return 1
         time.sleep(_POLL)
-    process, missed = _begin(options), 0
-    with _Asked() as asked:
-        while process.poll() is None and missed < _LOST and not asked:
-            time.sleep(_POLL)
-            missed = 0 if _answers(head) else missed + 1
-        gone = missed > 0 or not _answers(head)
-        status = _end(process)
+    process, asked, missed = _begin(options), _note_signals(), 0
+    while process.poll() is None and missed < _LOST and not asked:
+        time.sleep(_POLL)
+        missed = 0 if answers(head) else missed + 1
+    gone = missed > 0 or not answers(head)
+    status = _end(process)
     return 0 if gone or asked else status or 1
 
 
@@ -73,15 +76,6 @@ def _begin(options: Sequence[str]) -> subprocess.Popen[bytes]:
     """Ray, in a process of its own: it ends that one as it likes."""
     code = "import sys; from lib.verl.machine import start; start(sys.argv[1:])"
     return subprocess.Popen([sys.executable, "-c", code, *options, "--block"])
-
-
-def _end_with(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end of Ray, or end it when asked; its exit status, 0 where it was asked."""
-    with _Asked() as asked:
-        while process.poll() is None and not asked:
-            time.sleep(_POLL / 4)
-        status = _end(process)
-    return 0 if asked else status
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
@@ -98,28 +92,16 @@ def _end(process: subprocess.Popen[bytes]) -> int:
         keeper.kill(below)
 
 
-class _Asked:
-    """Whether SIGTERM or SIGINT came."""
-
-    def __init__(self) -> None:
-        self._signals = 0
-
-    def __enter__(self) -> _Asked:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __bool__(self) -> bool:
-        return self._signals > 0
-
-    def _note(self, *_: object) -> None:
-        self._signals += 1
+def _note_signals() -> list[int]:
+    """What grows by every SIGTERM and SIGINT from now on."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: asked.append(number))
+    return asked
 
 
-def _answers(head: str) -> bool:
+def answers(head: str) -> bool:
+    """Whether somebody listens at HOST:PORT."""
     host, _, port = head.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT):

@@ -71,9 +71,7 @@ class Machines:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         target.symlink_to(source.resolve(), target_is_directory=True)
-        parts = listing(str(source))
-        for node in self.apart:
-            _send(node, source, parts, target)
+        _send(self.apart, source, target)
         return target
 
     def bring(self, name: str, target: Path) -> None:
@@ -202,11 +200,12 @@ def _pieces(parts: Iterable[Part]) -> Iterator[tuple[Part, int]]:
             yield part, offset
 
 
-def _send(node: str, source: Path, parts: Iterable[Part], target: Path) -> None:
-    write = _on(node, _write)
-    for part, offset in _pieces(parts):  # in order: a file is written from its beginning
-        data = _read(str(source / part.name), offset, _CHUNK)
-        if ray.get(write.remote(str(target / part.name), offset, data)) != min(part.size, offset + _CHUNK):
+def _send(nodes: Sequence[str], source: Path, target: Path) -> None:
+    writes = [_on(node, _write) for node in nodes]
+    for part, offset in _pieces(listing(str(source))):  # in order: a file is written from its beginning
+        data = ray.put(_read(str(source / part.name), offset, _CHUNK))  # read once, for all of them
+        sizes = ray.get([write.remote(str(target / part.name), offset, data) for write in writes])
+        if set(sizes) - {min(part.size, offset + _CHUNK)}:
             raise VerlError(f"{source / part.name} did not reach another machine whole: it changed on its way")
 
 
